@@ -1,0 +1,15 @@
+"""LeNet-5 on MNIST: dense baseline.
+
+    python -m lottery_flow.main --config=configs/dense_lenet5.py
+Settings: paper.md 4.1 (the paper's released configuration).
+EXPECTED
+"""
+
+from ml_collections import ConfigDict
+
+from lottery_flow.config import finish, paper_lenet5
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = paper_lenet5("dense_lenet5")
+    return finish(config, arg)

@@ -1,0 +1,15 @@
+"""The 300-100 MLP on MNIST: dense baseline.
+
+    python -m lottery_flow.main --config=configs/dense_mlp.py
+Settings: paper.md 4.2 (the paper's released configuration).
+EXPECTED
+"""
+
+from ml_collections import ConfigDict
+
+from lottery_flow.config import finish, paper_mlp
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = paper_mlp("dense_mlp")
+    return finish(config, arg)

@@ -1,0 +1,15 @@
+"""The 300-100 MLP on MNIST: gradual magnitude pruning to 98 %.
+
+    python -m lottery_flow.main --config=configs/prune_mlp.py
+Settings: paper.md 4.2 (the paper's released configuration).
+EXPECTED
+"""
+
+from ml_collections import ConfigDict
+
+from lottery_flow.config import finish, gradual_pruning, paper_mlp
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = gradual_pruning(paper_mlp("prune_mlp"), sparsity=0.98)
+    return finish(config, arg)

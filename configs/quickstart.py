@@ -1,0 +1,26 @@
+"""RigL on LeNet-5 at 90 % sparsity on scikit-learn's digits.
+
+    python -m lottery_flow.main --config=configs/quickstart.py
+
+Needs no data but scikit-learn's own. EXPECTED
+"""
+
+from ml_collections import ConfigDict
+
+from lottery_flow.config import default, finish
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = default()
+    config.name = "quickstart"
+    config.optim.weight_decay = 1e-3
+    config.model.init = "per_neuron"
+    config.sparsity.rule = "rigl"
+    config.sparsity.sparsity = 0.9
+    config.sparsity.interval_steps = 50
+    config.sparsity.grow_examples = 400
+    config.train.total_steps = 1000
+    config.train.probe_examples = 500
+    config.train.log_every_steps = 50
+    config.eval.every_steps = 100
+    return finish(config, arg)

@@ -1,0 +1,21 @@
+"""The 300-100 MLP on MNIST: RigL (Inverted), the control that grows the smallest gradients.
+
+    python -m lottery_flow.main --config=configs/rigl_inverted_mlp.py \
+        --config.sparsity.masks_from=RUN
+
+RUN is the seed directory of a run of prune_mlp; without it the masks are random, at
+98 % sparsity.
+Settings: paper.md 4.2 (the paper's released configuration).
+EXPECTED
+"""
+
+from ml_collections import ConfigDict
+
+from lottery_flow.config import finish, paper_mlp
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = paper_mlp("rigl_inverted_mlp")
+    config.sparsity.rule = "rigl_inverted"
+    config.sparsity.sparsity = 0.98
+    return finish(config, arg)

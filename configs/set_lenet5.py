@@ -1,0 +1,23 @@
+"""LeNet-5 on MNIST: SET.
+
+    python -m lottery_flow.main --config=configs/set_lenet5.py \
+        --config.sparsity.masks_from=RUN
+
+RUN is the seed directory of a run of prune_lenet5; without it the masks are random, at
+95 % sparsity.
+Add --config.model.init=per_neuron for the sparsity-aware initialisation (the
+paper's SET+).
+Settings: paper.md 4.1 (the paper's released configuration).
+EXPECTED
+"""
+
+from ml_collections import ConfigDict
+
+from lottery_flow.config import finish, paper_lenet5
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = paper_lenet5("set_lenet5")
+    config.sparsity.rule = "set"
+    config.sparsity.sparsity = 0.95
+    return finish(config, arg)

@@ -1,0 +1,23 @@
+"""The 300-100 MLP on MNIST: SET.
+
+    python -m lottery_flow.main --config=configs/set_mlp.py \
+        --config.sparsity.masks_from=RUN
+
+RUN is the seed directory of a run of prune_mlp; without it the masks are random, at
+98 % sparsity.
+Add --config.model.init=per_neuron for the sparsity-aware initialisation (the
+paper's SET+).
+Settings: paper.md 4.2 (the paper's released configuration).
+EXPECTED
+"""
+
+from ml_collections import ConfigDict
+
+from lottery_flow.config import finish, paper_mlp
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = paper_mlp("set_mlp")
+    config.sparsity.rule = "set"
+    config.sparsity.sparsity = 0.98
+    return finish(config, arg)

@@ -1,0 +1,16 @@
+"""The 300-100 MLP on MNIST: a dense network of about as many parameters as the sparse one.
+
+    python -m lottery_flow.main --config=configs/small_dense_mlp.py
+Settings: paper.md 4.2 (the paper's released configuration).
+EXPECTED
+"""
+
+from ml_collections import ConfigDict
+
+from lottery_flow.config import finish, paper_mlp
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = paper_mlp("small_dense_mlp")
+    config.model.widths = (8, 8)
+    return finish(config, arg)

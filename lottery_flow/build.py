@@ -1,0 +1,363 @@
+"""From a configuration to plain values: the only reader of configs.
+
+What makes no sense is rejected here, before anything is computed or written, in one
+sentence that names the field, its value and the remedy.
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from lottery_flow import checkpoint, data, models
+from lottery_flow.errors import UserError
+from lottery_flow.job import Job
+from lottery_flow.sparsity import distributions, initializers, rules, schedules
+from lottery_flow.sparsity import masks as masks_lib
+from lottery_flow.sparsity.rules import Rule
+from lottery_flow.sparsity.transform import sparsify
+
+RULES = ("static", "set", "rigl", "rigl_inverted", "gradual_pruning")
+OPTIMIZERS = ("keras_momentum", "momentum", "adam", "adamw")
+
+# Which stream of a run's randomness: fold_in(key(seed), stream).
+_PARAMS, _INIT, _MASKS, _REWIRE, _STEP = range(5)
+
+
+def build(config: ConfigDict, seed: int) -> Job:
+    """The job of a configuration and a seed; reads no data and writes nothing.
+
+    Raises:
+      UserError: a field that makes no sense.
+    """
+    _check(config, seed)
+    spec = data.DATASETS[config.data.name].spec
+    model = _model(config, spec)
+    key = jax.random.key(seed)
+    shapes = jax.eval_shape(model.init, key)["params"]
+    learning_rate = _learning_rate(config)
+    fraction = _drop_fraction(config, learning_rate)
+    n_active = _n_active(config, shapes)
+    rule = _rule(config, shapes, n_active, fraction)
+    inner = _optimizer(config, learning_rate)
+    rewire_key = jax.random.fold_in(key, _REWIRE)
+    return Job(
+        seed=seed,
+        model=model,
+        spec=spec,
+        load_data=lambda: data.DATASETS[config.data.name].load(config.data.dir),
+        rule=rule,
+        make_tx=lambda masks: sparsify(inner, masks, rule, key=rewire_key),
+        make_network=lambda: _network(config, model, key, n_active),
+        step_key=jax.random.fold_in(key, _STEP),
+        learning_rate=learning_rate,
+        drop_fraction=fraction,
+        total_steps=config.train.total_steps,
+        batch_size=config.train.batch_size,
+        probe_examples=config.train.probe_examples,
+        grow_examples=config.sparsity.grow_examples if fraction else 0,
+        log_every=config.train.log_every_steps,
+        checkpoint_every=config.train.checkpoint_every_steps,
+        keep_checkpoints=config.train.keep_checkpoints,
+        eval_every=config.eval.every_steps,
+        eval_batch_size=config.eval.batch_size,
+    )
+
+
+def flat_fields(config: ConfigDict) -> dict[str, Any]:
+    """{'optim.learning_rate': 0.05, ...}, ready for JSON."""
+
+    def walk(prefix, value):
+        if not isinstance(value, dict):
+            yield prefix, list(value) if isinstance(value, tuple) else value
+            return
+        for key, child in value.items():
+            yield from walk(f"{prefix}.{key}" if prefix else key, child)
+
+    resolved = config.copy_and_resolve_references()
+    return dict(sorted(walk("", resolved.to_dict())))
+
+
+def _check(config: ConfigDict, seed: int) -> None:
+    _known("data.name", config.data.name, data.DATASETS)
+    _known("model.name", config.model.name, models.MODELS)
+    _known("model.init", config.model.init, initializers.INITIALIZERS)
+    fans, draws = ("fan_in", "fan_out", "fan_avg"), ("normal", "uniform", "truncated")
+    _known("model.init_fan", config.model.init_fan, ("", *fans))
+    _known("model.init_distribution", config.model.init_distribution, ("", *draws))
+    _at_least("model.init_gain", config.model.init_gain, 0.0)
+    _known("optim.name", config.optim.name, OPTIMIZERS)
+    _known("optim.schedule", config.optim.schedule, ("cosine", "constant"))
+    _above("optim.learning_rate", config.optim.learning_rate, 0.0)
+    _at_least("optim.weight_decay", config.optim.weight_decay, 0.0)
+    _fraction("optim.momentum", config.optim.momentum)
+    sparsity, train = config.sparsity, config.train
+    _known("sparsity.rule", sparsity.rule, RULES)
+    _known("sparsity.distribution", sparsity.distribution, distributions.DISTRIBUTIONS)
+    _known("sparsity.drop_schedule", sparsity.drop_schedule, _DROP_SCHEDULES)
+    _known("sparsity.timing", sparsity.timing, ("after", "instead"))
+    _fraction("sparsity.sparsity", sparsity.sparsity)
+    _at_least("sparsity.drop_fraction", sparsity.drop_fraction, 0.0)
+    _at_most("sparsity.drop_fraction", sparsity.drop_fraction, 1.0)
+    _at_least("sparsity.interval_steps", sparsity.interval_steps, 1)
+    _at_least("sparsity.begin_steps", sparsity.begin_steps, 0)
+    _at_least("sparsity.grow_examples", sparsity.grow_examples, 0)
+    _at_least("seed", seed, 0)
+    for field in ("total_steps", "batch_size", "probe_examples"):
+        _at_least(f"train.{field}", train[field], 1)
+    for field in ("log_every_steps", "checkpoint_every_steps"):
+        _at_least(f"train.{field}", train[field], 1)
+    _at_least("train.keep_checkpoints", train.keep_checkpoints, 0)
+    _at_least("optim.warmup_steps", config.optim.warmup_steps, 0)
+    _at_least("eval.every_steps", config.eval.every_steps, 0)
+    _at_least("eval.batch_size", config.eval.batch_size, 1)
+    if config.optim.warmup_steps >= train.total_steps:
+        raise UserError(
+            f"optim.warmup_steps={config.optim.warmup_steps} leaves no step of "
+            f"train.total_steps={train.total_steps}; warm up for fewer"
+        )
+    end = sparsity.end_steps
+    if sparsity.rule != "static" and end != -1 and end < sparsity.begin_steps:
+        raise UserError(
+            f"sparsity.end_steps={end} is before "
+            f"sparsity.begin_steps={sparsity.begin_steps}; give a later end, or -1"
+        )
+    if sparsity.rule == "gradual_pruning":
+        if end <= sparsity.begin_steps:
+            raise UserError(
+                f"sparsity.end_steps={end}: gradual pruning needs an end after "
+                f"sparsity.begin_steps={sparsity.begin_steps}"
+            )
+        if sparsity.masks_from:
+            raise UserError(
+                f"sparsity.masks_from={sparsity.masks_from!r}: gradual pruning starts "
+                "from full masks; leave it empty"
+            )
+    n_train = data.DATASETS[config.data.name].spec.n_train
+    needed = train.probe_examples + sparsity.grow_examples
+    if needed > n_train:
+        raise UserError(
+            f"train.probe_examples={train.probe_examples} and "
+            f"sparsity.grow_examples={sparsity.grow_examples} together exceed the "
+            f"{n_train} training images of {config.data.name}; give fewer"
+        )
+    if train.batch_size > n_train:
+        raise UserError(
+            f"train.batch_size={train.batch_size} exceeds the {n_train} training "
+            f"images of {config.data.name}; give a smaller one"
+        )
+
+
+def _model(config, spec):
+    options = {"widths": tuple(config.model.widths)} if config.model.widths else {}
+    widths = options.get("widths", ())
+    n_widths = {"lenet5": 4}.get(config.model.name, len(widths))
+    if any(not isinstance(w, int) or w < 1 for w in widths) or (
+        widths and len(widths) != n_widths
+    ):
+        raise UserError(
+            f"model.widths={widths}: {config.model.name} needs "
+            f"{n_widths or 'some'} positive whole numbers; () takes its own"
+        )
+    return models.create(config.model.name, spec.image_shape, spec.n_classes, **options)
+
+
+def _learning_rate(config) -> optax.Schedule:
+    peak, warmup = config.optim.learning_rate, config.optim.warmup_steps
+    if config.optim.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    else:
+        after = optax.cosine_decay_schedule(peak, config.train.total_steps - warmup)
+    if not warmup:
+        return after
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, peak, warmup), after], [warmup]
+    )
+
+
+def _optimizer(config, learning_rate) -> optax.GradientTransformation:
+    optim = config.optim
+    decay = optax.add_decayed_weights(
+        optim.weight_decay,
+        mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
+    )
+    step = optax.scale_by_learning_rate(learning_rate)
+    trace = optax.trace(optim.momentum, nesterov=optim.nesterov)
+    chains = {
+        # Keras keeps the rate inside the buffer, which differs once it decays.
+        "keras_momentum": (decay, step, trace),
+        "momentum": (decay, trace, step),
+        "adam": (decay, optax.scale_by_adam(), step),
+        "adamw": (optax.scale_by_adam(), decay, step),
+    }
+    return optax.chain(*chains[optim.name])
+
+
+_DROP_SCHEDULES = ("learning_rate", "cosine", "constant")
+
+
+def _drop_fraction(config, learning_rate) -> optax.Schedule | None:
+    sparsity = config.sparsity
+    if sparsity.rule in ("static", "gradual_pruning"):
+        return None
+    if sparsity.drop_schedule == "constant":
+        return schedules.constant(sparsity.drop_fraction)
+    if sparsity.drop_schedule == "cosine":
+        end = config.train.total_steps if sparsity.end_steps < 0 else sparsity.end_steps
+        return schedules.cosine(sparsity.drop_fraction, max(end, 1))
+    if config.optim.warmup_steps:
+        raise UserError(
+            "sparsity.drop_schedule='learning_rate' divides by the first learning "
+            f"rate, which optim.warmup_steps={config.optim.warmup_steps} makes zero; "
+            "take cosine"
+        )
+    return schedules.follow_learning_rate(sparsity.drop_fraction, learning_rate)
+
+
+def _n_active(config, shapes) -> dict[str, int]:
+    """Active weights of each layer that a random mask, or pruning, leaves."""
+    distribute = distributions.DISTRIBUTIONS[config.sparsity.distribution]
+    try:
+        n_active = distribute(*_distribution(config, shapes), **_own(config))
+    except ValueError as error:
+        raise UserError(f"sparsity: {error}") from error
+    return n_active
+
+
+def _layer_sparsity(config, shapes) -> dict[str, float]:
+    """Sparsity of each layer, before it is rounded to whole weights."""
+    kind, own = config.sparsity.distribution, _own(config)
+    layer_shapes, sparsity = _distribution(config, shapes)
+    if kind != "uniform":
+        kernel = kind == "erdos_renyi_kernel"
+        return distributions.solve_erdos_renyi(
+            layer_shapes, sparsity, kernel=kernel, **own
+        ).sparsity
+    single = dict.fromkeys(own["dense"], 0.0) | own["layer_sparsity"]
+    return {name: single.get(name, sparsity) for name in layer_shapes}
+
+
+def _distribution(config, shapes) -> tuple[dict[str, tuple[int, ...]], float]:
+    layers = masks_lib.layers(shapes)
+    return {k: v.shape for k, v in layers.items()}, config.sparsity.sparsity
+
+
+def _own(config) -> dict[str, Any]:
+    dense = (name.strip() for name in config.sparsity.dense_layers.split(","))
+    return {
+        "dense": tuple(name for name in dense if name),
+        "layer_sparsity": distributions.parse_layer_map(config.sparsity.layer_sparsity),
+    }
+
+
+def _rule(config, shapes, n_active, fraction) -> Rule:
+    sparsity = config.sparsity
+    if sparsity.rule == "static":
+        return rules.static()
+    if sparsity.rule == "gradual_pruning":
+        return rules.gradual_pruning(
+            begin=sparsity.begin_steps,
+            end=sparsity.end_steps,
+            interval=sparsity.interval_steps,
+            final_sparsity=_layer_sparsity(config, shapes),
+        )
+    end = None if sparsity.end_steps == -1 else sparsity.end_steps
+    due = schedules.every(sparsity.interval_steps, sparsity.begin_steps, end)
+    make = {"set": rules.set_, "rigl": rules.rigl, "rigl_inverted": rules.rigl_inverted}
+    return make[sparsity.rule](due, fraction, timing=sparsity.timing)
+
+
+def _network(config, model, key, n_active) -> checkpoint.Network:
+    sparsity = config.sparsity
+    shapes = jax.eval_shape(model.init, key)
+    source_masks = source = None
+    if sparsity.masks_from:
+        source_masks = _source(config, "masks", shapes["params"]).masks
+    if sparsity.weights_from:
+        source = _source(config, "weights", shapes["params"])
+    options = {
+        "fan": config.model.init_fan,
+        "distribution": config.model.init_distribution,
+        "gain": config.model.init_gain,
+    }
+    init = initializers.INITIALIZERS[config.model.init]
+
+    @jax.jit  # one program: op by op, compiling it would take most of a short run
+    def draw(key):
+        variables = model.init(jax.random.fold_in(key, _PARAMS))
+        params = variables["params"]
+        masks_key = jax.random.fold_in(key, _MASKS)
+        if source_masks is not None:
+            masks = jax.tree.map(jnp.asarray, source_masks)
+        elif sparsity.rule == "gradual_pruning":
+            sizes = {k: v.size for k, v in masks_lib.layers(params).items()}
+            pruned = {k: n for k, n in n_active.items() if n != sizes[k]}
+            masks = masks_lib.full(params, pruned)
+        else:
+            masks = masks_lib.random(masks_key, params, n_active)
+        if sparsity.shuffle_masks:
+            masks = masks_lib.shuffle(masks_key, masks)
+        init_key = jax.random.fold_in(key, _INIT)
+        given = {k: v for k, v in options.items() if v}
+        params = init(init_key, params, masks, **given)
+        batch_stats = variables.get("batch_stats", {})
+        if source is not None:
+            params, batch_stats = jax.tree.map(
+                jnp.asarray, (source.params, source.batch_stats)
+            )
+        return masks_lib.apply(masks, params), batch_stats, masks
+
+    return checkpoint.Network(*draw(key))
+
+
+def _source(config, what: str, params) -> checkpoint.Network:
+    """The network that `masks` or `weights` come from, of the shapes of `params`."""
+    directory = config.sparsity[f"{what}_from"]
+    step = config.sparsity[f"{what}_step"]
+    field = f"sparsity.{what}_from={directory!r}"
+    try:
+        _, found = checkpoint.restore_network(Path(directory) / "checkpoints", step)
+        own, other = (
+            {k: v.shape for k, v in masks_lib.named_leaves(tree).items()}
+            for tree in (params, found.params)
+        )
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from error
+    for name in sorted(own.keys() | other.keys()):
+        if own.get(name) != other.get(name):
+            raise UserError(
+                f"{field}: {name} has shape {other.get(name)} there and "
+                f"{own.get(name)} here; give a run of the same model"
+            )
+    return found
+
+
+def _known(field: str, value: str, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        names = ", ".join(repr(a) for a in allowed)
+        raise UserError(f"{field}={value!r} is unknown; give one of {names}")
+
+
+def _at_least(field: str, value: float, bound: float) -> None:
+    if not value >= bound or not np.isfinite(value):
+        raise UserError(f"{field}={value}: give a finite number of at least {bound}")
+
+
+def _at_most(field: str, value: float, bound: float) -> None:
+    if not value <= bound:
+        raise UserError(f"{field}={value}: give at most {bound}")
+
+
+def _above(field: str, value: float, bound: float) -> None:
+    if not value > bound or not np.isfinite(value):
+        raise UserError(f"{field}={value}: give a finite number above {bound}")
+
+
+def _fraction(field: str, value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise UserError(f"{field}={value}: give a fraction from 0 to below 1")

@@ -1,0 +1,156 @@
+"""Checkpoints by orbax: a network that anyone can read, and the rest of the state.
+
+Each step has two items. `network` is a plain tree of params, batch_stats and masks
+that restores without knowing the optimizer: what tickets, analysis and notebooks
+need. `training` is what only the same run can use: step, key, optimizer state.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from lottery_flow.errors import UserError
+from lottery_flow.sparsity import masks as masks_lib
+from lottery_flow.state import TrainState
+
+
+class Network(NamedTuple):
+    """What a checkpoint says of a network, as numpy arrays."""
+
+    params: Any
+    batch_stats: Any
+    masks: Any
+
+
+def manager(directory: Path, keep: int = 0) -> ocp.CheckpointManager:
+    """An orbax manager of a run's checkpoints.
+
+    Args:
+      directory: made if it does not exist.
+      keep: newest checkpoints to keep, beside that of step 0; 0 keeps all.
+    """
+    policies = ocp.checkpoint_managers
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(
+            [policies.LatestN(keep or None), _KeepFirst()]
+        ),
+        cleanup_tmp_directories=True,  # what a killed process left half written
+    )
+    return ocp.CheckpointManager(directory.absolute(), options=options)
+
+
+def save(checkpoints: ocp.CheckpointManager, state: TrainState) -> None:
+    """Writes the state in the background; the arrays may be donated at once."""
+    network, training = _split(state)
+    checkpoints.save(
+        int(state.step),
+        args=ocp.args.Composite(
+            network=ocp.args.StandardSave(network),
+            training=ocp.args.StandardSave(training),
+        ),
+    )
+
+
+def restore(
+    checkpoints: ocp.CheckpointManager, step: int, like: TrainState
+) -> TrainState:
+    """The state of a step, in the structure, dtypes and shardings of `like`.
+
+    Raises:
+      UserError: the checkpoint is damaged or of another model.
+    """
+    network, training = _split(like)
+    try:
+        found = checkpoints.restore(
+            step,
+            args=ocp.args.Composite(
+                network=ocp.args.StandardRestore(network),
+                training=ocp.args.StandardRestore(training),
+            ),
+        )
+    except Exception as error:  # orbax raises many types for damaged files
+        raise _damaged(checkpoints.directory, step, error) from error
+    return _join(found.network, found.training)
+
+
+def restore_network(directory: Path, step: int = -1) -> tuple[int, Network]:
+    """A network alone, from the checkpoints of any run; -1 is the newest.
+
+    Returns:
+      The step, and the network: params and batch_stats as nested dicts of numpy
+      arrays, masks likewise, with None where the leaf is dense.
+
+    Raises:
+      UserError: no such checkpoint (names the steps that there are), or damaged.
+    """
+    directory = Path(directory).absolute()
+    steps = steps_in(directory)
+    if not steps:
+        raise UserError(
+            f"{directory} has no checkpoints; give the seed_N directory of a run"
+        )
+    step = steps[-1] if step == -1 else step
+    if step not in steps:
+        raise UserError(
+            f"{directory} has no checkpoint of step {step}; it has "
+            f"{', '.join(map(str, steps))}"
+        )
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            found = checkpointer.restore(directory / str(step) / "network")
+    except Exception as error:
+        raise _damaged(directory, step, error) from error
+    found = jax.tree.map(np.asarray, found)
+    # Without a target orbax leaves out what holds no array.
+    params = found["params"]
+    masks = masks_lib.from_named(
+        masks_lib.named_leaves(found.get("masks") or {}), params
+    )
+    return step, Network(params, found.get("batch_stats", {}), masks)
+
+
+def steps_in(directory: Path) -> list[int]:
+    """The steps of the complete checkpoints in a directory, ascending."""
+    if not directory.is_dir():
+        return []
+    return sorted(ocp.path.step.checkpoint_steps(directory))
+
+
+class _KeepFirst:
+    """Never deletes step 0, the initialisation that lottery tickets rewind to."""
+
+    def should_preserve(self, checkpoints, *, context):
+        del context
+        return [info.step == 0 for info in checkpoints]
+
+
+def _split(state: TrainState) -> tuple[PyTree, PyTree]:
+    network = {
+        "params": state.params,
+        "batch_stats": state.batch_stats,
+        "masks": state.masks,
+    }
+    training = state._replace(
+        params=(), batch_stats=(), opt_state=state.opt_state._replace(masks=())
+    )
+    return network, training
+
+
+def _join(network: PyTree, training: TrainState) -> TrainState:
+    return training._replace(
+        params=network["params"],
+        batch_stats=network["batch_stats"],
+        opt_state=training.opt_state._replace(masks=network["masks"]),
+    )
+
+
+def _damaged(directory: Any, step: int, error: Exception) -> UserError:
+    reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+    return UserError(
+        f"the checkpoint of step {step} in {directory} cannot be read ({reason}); "
+        f"move {Path(directory) / str(step)} away to go on from an older one"
+    )

@@ -1,0 +1,165 @@
+"""Every option of a run, with its default: the reference of the configuration.
+
+A config file starts from one of the functions here, changes what it is about, and
+ends with `finish`, which understands the `smoke` argument:
+
+    def get_config(arg: str = ""):
+        config = paper_lenet5("rigl_lenet5")
+        config.sparsity.rule = "rigl"
+        return finish(config, arg)
+
+Durations are in steps (optimizer updates). An empty string, and -1 for a duration,
+mean "not given".
+"""
+
+from ml_collections import ConfigDict
+
+
+def default() -> ConfigDict:
+    """All fields at their defaults; runs are named by what differs from these."""
+    return ConfigDict(
+        {
+            # What the run directory is called; main.py adds a hash of the rest.
+            "name": "custom",
+            "model": {
+                "name": "lenet5",  # lenet5, mlp
+                "widths": (),  # of the hidden layers; () is the model's own
+                # Initialisation of the kernels, see sparsity/initializers.py:
+                # masked_dense, layer_scaled, per_neuron.
+                "init": "masked_dense",
+                "init_fan": "",  # fan_in, fan_out, fan_avg; '' is the init's own
+                "init_distribution": "",  # normal, uniform, truncated
+                "init_gain": 0.0,  # variance times fan; 0 is the init's own
+            },
+            "data": {
+                # digits comes with scikit-learn; the others through TFDS:
+                # mnist, fashion_mnist, cifar10, cifar100.
+                "name": "digits",
+                "dir": "",  # of TFDS; '' is TFDS_DATA_DIR or its own default
+            },
+            "optim": {
+                # keras_momentum: v = m v - lr g, w += v, the paper's on MNIST;
+                # momentum: v = m v + g, w -= lr v; adam; adamw.
+                "name": "keras_momentum",
+                "learning_rate": 0.05,
+                "schedule": "cosine",  # cosine (to zero over all steps), constant
+                "warmup_steps": 0,  # linear, from zero
+                "momentum": 0.9,
+                "nesterov": False,
+                # The gradient of a kernel grows by weight_decay * w (adamw: the
+                # step does). Keras' l2(c) adds c w^2 to the loss: write 2 c.
+                "weight_decay": 0.0,
+            },
+            "sparsity": {
+                # static, set, rigl, rigl_inverted, gradual_pruning.
+                "rule": "static",
+                # Share of the kernels' weights that are inactive, from 0 to below
+                # 1; what a random mask starts with or gradual pruning ends with.
+                "sparsity": 0.0,
+                "distribution": "uniform",  # uniform, erdos_renyi, erdos_renyi_kernel
+                "dense_layers": "",  # kept dense: 'conv1,fc3'
+                "layer_sparsity": "",  # of single layers: 'fc3=0.5'
+                # An earlier run (its seed_N directory) to take masks from, instead
+                # of random ones, and weights; -1 is its last step.
+                "masks_from": "",
+                "masks_step": -1,
+                "shuffle_masks": False,  # permute each layer's mask
+                "weights_from": "",
+                "weights_step": 0,
+                # Rewires at begin, begin + interval, ... up to end (-1: forever).
+                "begin_steps": 0,
+                "end_steps": -1,
+                "interval_steps": 100,
+                "drop_fraction": 0.3,
+                # learning_rate (in proportion to it), cosine (to zero at
+                # end_steps, else at the last step), constant.
+                "drop_schedule": "learning_rate",
+                "timing": "after",  # after the gradient step, or instead of it
+                # Growth scores are taken on this many training images of their
+                # own, at the new weights; 0: the training batch of the step.
+                "grow_examples": 1000,
+            },
+            "train": {
+                "seeds": (0,),  # trained one after another, a directory each
+                "total_steps": 1000,
+                "batch_size": 128,
+                # The first training images, on which gradient flow is measured.
+                "probe_examples": 1000,
+                "log_every_steps": 100,
+                "checkpoint_every_steps": 500,
+                "keep_checkpoints": 0,  # newest ones, beside step 0; 0 keeps all
+                "tensorboard": False,
+                "figure": True,  # figure.png at the end
+            },
+            "eval": {
+                "every_steps": 500,  # 0: after the last step alone
+                "batch_size": 1000,
+            },
+        },
+        type_safe=True,
+    )
+
+
+def paper_lenet5(name: str) -> ConfigDict:
+    """LeNet-5 on MNIST as in the paper (paper.md 4.1), dense."""
+    config = default()
+    config.name = name
+    config.data.name = "mnist"
+    config.optim.weight_decay = 1e-3  # Keras' l2(5e-4)
+    config.train.total_steps = 11_719  # 25 epochs
+    config.eval.every_steps = 1000
+    return config
+
+
+def paper_mlp(name: str) -> ConfigDict:
+    """The 300-100 MLP on MNIST as in the paper (paper.md 4.2), dense."""
+    config = paper_lenet5(name)
+    config.model.name = "mlp"
+    config.optim.learning_rate = 0.2
+    config.optim.weight_decay = 2e-4  # Keras' l2(1e-4)
+    config.sparsity.interval_steps = 500
+    return config
+
+
+def finish(config: ConfigDict, arg: str = "") -> ConfigDict:
+    """Applies the config's argument and locks the fields.
+
+    Args:
+      config: all fields set.
+      arg: '' or 'smoke', which shrinks the run to seconds on the digits data.
+    """
+    if arg not in ("", "smoke"):
+        raise ValueError(f"the config's argument is {arg!r}; write smoke, or nothing")
+    if arg == "smoke":
+        _shrink(config)
+    config.lock()
+    return config
+
+
+def gradual_pruning(config: ConfigDict, sparsity: float) -> ConfigDict:
+    """The pruning schedule of both MNIST networks (paper.md 4.1)."""
+    config.sparsity.rule = "gradual_pruning"
+    config.sparsity.sparsity = sparsity
+    config.sparsity.begin_steps = 3000
+    config.sparsity.end_steps = 7000
+    config.sparsity.interval_steps = 100
+    return config
+
+
+def _shrink(config: ConfigDict) -> None:
+    config.data.name = "digits"
+    config.data.dir = ""
+    config.train.total_steps = 12
+    config.train.batch_size = 32
+    config.train.log_every_steps = 4
+    config.train.checkpoint_every_steps = 6
+    config.train.probe_examples = 100
+    config.eval.every_steps = 6
+    config.sparsity.grow_examples = min(config.sparsity.grow_examples, 100)
+    config.sparsity.interval_steps = 3
+    if config.sparsity.begin_steps:
+        config.sparsity.begin_steps = 2
+    if config.sparsity.end_steps >= 0:
+        config.sparsity.end_steps = 8
+    if config.optim.warmup_steps:
+        config.optim.warmup_steps = 2

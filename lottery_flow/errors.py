@@ -1,0 +1,9 @@
+"""The one exception for mistakes that a user can mend."""
+
+
+class UserError(ValueError):
+    """A wrong input, told in one sentence: the field, the value, the remedy.
+
+    `lottery_flow.main` prints it without a traceback and exits with status 2;
+    every other exception is a defect of ours and keeps its traceback.
+    """

@@ -1,0 +1,92 @@
+"""python -m lottery_flow.main --config=configs/rigl_lenet5.py --workdir=runs"""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from lottery_flow import config as config_lib
+from lottery_flow import report, runs
+from lottery_flow.build import build, flat_fields
+from lottery_flow.errors import UserError
+from lottery_flow.train import train
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration file, with an argument after a colon if it has one."
+)
+_LOG = logging.getLogger("lottery_flow")
+_WORKDIR = flags.DEFINE_string("workdir", "runs", "Where run directories are made.")
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise UserError(f"unknown argument {argv[1]!r}; flags begin with --")
+    if _CONFIG.value is None:
+        raise UserError("--config is missing; give --config=configs/quickstart.py")
+    config = _CONFIG.value
+    fields = flat_fields(config)
+    default = flat_fields(config_lib.default())
+    # All seeds are checked before the first is trained.
+    jobs = [build(config, seed) for seed in config.train.seeds]
+    if not jobs:
+        raise UserError("train.seeds=() trains nothing; give (0,)")
+    for job in jobs:
+        paths = runs.run_paths(_WORKDIR.value, fields, default, job.seed)
+        runs.claim(paths, fields, job.seed)
+        if paths.done.exists():
+            print(f"{paths.root} is finished; nothing to do.")
+        else:
+            run(config, job, paths)
+        print(paths.summary.read_text())
+
+
+def run(config, job, paths: runs.RunPaths) -> None:
+    """Trains one job, then writes its summary, its figure and, last, DONE."""
+    _LOG.info("run directory %s", paths.root)
+    result = train(job, paths, tensorboard=config.train.tensorboard)
+    text = report.summary(config.name, job.model, result.state, result.rows)
+    runs.write_atomically(paths.summary, text)
+    if config.train.figure:
+        report.figure(paths.figure, f"{config.name}, seed {job.seed}", result.rows)
+    runs.write_atomically(paths.done, json.dumps(result.rows[-1], indent=2) + "\n")
+
+
+def cli() -> None:
+    """Runs `main`; a user's mistake is one sentence and exit status 2."""
+    _configure_logging()
+
+    def guarded(argv):
+        try:
+            main(argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def _configure_logging() -> None:
+    """Our own lines at INFO, those of the libraries from WARNING on."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("lottery_flow")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except (AttributeError, OSError, TypeError, ValueError, flags.Error) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    cli()

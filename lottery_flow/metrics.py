@@ -1,0 +1,99 @@
+"""Metrics of a run: one JSON object a line, and TensorBoard if asked.
+
+A row describes the network after `step` updates. Rows hold nothing that depends on
+the clock, so that an interrupted run ends with the same file as one that was not.
+"""
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from lottery_flow.errors import UserError
+from lottery_flow.runs import write_atomically
+
+_LOG = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+def read(path: Path) -> list[Row]:
+    """The complete rows of a metrics file; [] without one.
+
+    A last line that was cut short by a crash is left out.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+class Writer:
+    """Appends rows to `metrics.jsonl`, each on the disk before the next step.
+
+    Attributes:
+      rows: all rows so far, those of earlier starts included.
+    """
+
+    def __init__(self, path: Path, last_step: int, tensorboard: Path | None = None):
+        """Opens the file and forgets rows after `last_step`, the restored step."""
+        found = read(path)
+        self.rows = [row for row in found if row["step"] <= last_step]
+        if len(self.rows) != len(found):
+            _LOG.info(
+                "forgot %d rows after step %d", len(found) - len(self.rows), last_step
+            )
+        write_atomically(path, "".join(map(_line, self.rows)))
+        self._file = open(path, "a")
+        self._board = None if tensorboard is None else _board(tensorboard, last_step)
+
+    def write(self, row: Row) -> None:
+        self.rows.append(row)
+        self._file.write(_line(row))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._board is not None:
+            for name, value in row.items():
+                if name not in ("step", "seed") and isinstance(value, int | float):
+                    self._board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def check_finite(name: str, value: float, step: int, last_saved: int | None) -> None:
+    """Stops a run whose loss is not a number any more.
+
+    Raises:
+      UserError: naming the step and what is still there to go on from.
+    """
+    if math.isfinite(value):
+        return
+    kept = (
+        "no checkpoint was written yet"
+        if last_saved is None
+        else f"the checkpoint of step {last_saved} is kept"
+    )
+    raise UserError(
+        f"{name} is {value} at step {step}: the run has diverged; lower "
+        f"optim.learning_rate ({kept})"
+    )
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _board(directory: Path, last_step: int):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "train.tensorboard=True needs tensorboardX: "
+            "pip install 'lottery_flow[tensorboard]'"
+        ) from error
+    return SummaryWriter(str(directory), purge_step=last_step + 1)

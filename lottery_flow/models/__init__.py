@@ -1,0 +1,81 @@
+"""Networks, behind one value: nothing outside this package sees flax.
+
+A `Model` holds pure functions of plain parameter trees. Models know nothing of
+sparsity: a sparse network is the same module with zeros in its kernels.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lottery_flow.models.lenet import LeNet5
+from lottery_flow.models.mlp import MLP
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"lenet5": LeNet5, "mlp": MLP}
+
+
+class Model(NamedTuple):
+    """A network for images of one shape.
+
+    Attributes:
+      init: `(key) -> variables`, a dict with `params` and, with norms, `batch_stats`.
+      apply: `(params, batch_stats, images, train, key) -> (logits, batch_stats)` for
+        float images [b h w c]; `key` feeds dropout, where the module has it.
+      positions: output positions of each layer for one image: the product of the
+        spatial dimensions of its output, 1 for dense layers.
+    """
+
+    init: Callable
+    apply: Callable
+    positions: dict[str, int]
+
+
+def create(
+    name: str, image_shape: tuple[int, int, int], n_classes: int, **options: Any
+) -> Model:
+    """A model of `MODELS`; `options` go to its module."""
+    module = MODELS[name](n_classes=n_classes, **options)
+    example = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+
+    def init(key):
+        return module.init(key, jnp.zeros(example.shape, example.dtype), train=False)
+
+    def apply(params, batch_stats, images, train, key=None):
+        variables = {"params": params, "batch_stats": batch_stats}
+        if not train:
+            return module.apply(variables, images, train=False), batch_stats
+        rngs = None if key is None else {"dropout": key}
+        logits, updated = module.apply(
+            variables, images, train=True, rngs=rngs, mutable=["batch_stats"]
+        )
+        return logits, updated.get("batch_stats", batch_stats)
+
+    return Model(init, apply, _positions(module, example))
+
+
+def _positions(module: nn.Module, example: jax.ShapeDtypeStruct) -> dict[str, int]:
+    """Spatial output size of every module that owns a kernel, from shapes alone."""
+
+    def trace(images):
+        variables = module.init(jax.random.key(0), images, train=False)
+        _, captured = module.apply(
+            variables,
+            images,
+            train=False,
+            capture_intermediates=lambda m, _: m.has_variable("params", "kernel"),
+            mutable=["intermediates"],
+        )
+        return captured["intermediates"]
+
+    positions = {}
+    outputs = jax.eval_shape(trace, example)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(outputs):
+        layer = "/".join(str(p.key) for p in path[:-2])  # without ['__call__'][0]
+        size = 1
+        for n in leaf.shape[1:-1]:
+            size *= n
+        positions[layer] = size
+    return positions

@@ -1,0 +1,32 @@
+"""LeNet-5 of the paper: 6-16-120-84, ReLU, max pooling, no normalisation."""
+
+import flax.linen as nn
+from jaxtyping import Array, Float
+
+
+class LeNet5(nn.Module):
+    """conv 5x5, pool, conv 5x5, pool, three dense layers (paper.md 3.9).
+
+    44,190 kernel and 236 bias parameters at the default widths on 28 x 28 x 1.
+
+    Attributes:
+      n_classes: number of logits.
+      widths: of the two convolutions and the two hidden dense layers; the small
+        dense network of the paper has (3, 3, 27, 20).
+    """
+
+    n_classes: int = 10
+    widths: tuple[int, int, int, int] = (6, 16, 120, 84)
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "b h w c"], train: bool = False
+    ) -> Float[Array, "b n_classes"]:
+        x = images
+        for i, width in enumerate(self.widths[:2], start=1):
+            x = nn.Conv(width, (5, 5), padding="VALID", name=f"conv{i}")(x)
+            x = nn.max_pool(nn.relu(x), (2, 2), strides=(2, 2))
+        x = x.reshape(x.shape[0], -1)
+        for i, width in enumerate(self.widths[2:], start=1):
+            x = nn.relu(nn.Dense(width, name=f"fc{i}")(x))
+        return nn.Dense(self.n_classes, name="fc3")(x)

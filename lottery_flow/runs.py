@@ -1,0 +1,124 @@
+"""Run identity: which directory a run lives in, and what lies in it.
+
+    <workdir>/<config name>-<8 hex of the config>/seed_<N>/
+        config.json  metrics.jsonl  checkpoints/  summary.txt  figure.png  DONE
+
+The hash covers the fields that differ from the default configuration, so that a new
+option orphans no old run. Seeds, the place of the data and what is only shown
+(`UNHASHED`) stay out of it.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lottery_flow.errors import UserError
+
+UNHASHED = (
+    "name",
+    "data.dir",
+    "train.seeds",
+    "train.tensorboard",
+    "train.figure",
+)
+
+Fields = Mapping[str, Any]  # flat: {'optim.learning_rate': 0.05, ...}
+
+
+class RunPaths(NamedTuple):
+    """The files of one run."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.txt"
+
+    @property
+    def figure(self) -> Path:
+        return self.root / "figure.png"
+
+    @property
+    def done(self) -> Path:
+        return self.root / "DONE"
+
+
+def config_hash(fields: Fields, default: Fields) -> str:
+    """Eight hex digits of the fields that make two runs different."""
+    own = {
+        k: v
+        for k, v in fields.items()
+        if k not in UNHASHED and (k not in default or default[k] != v)
+    }
+    text = json.dumps(own, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def run_paths(workdir: str, fields: Fields, default: Fields, seed: int) -> RunPaths:
+    """Where the run of these fields and this seed lives; creates nothing."""
+    name = f"{fields['name']}-{config_hash(fields, default)}"
+    return RunPaths(Path(workdir) / name / f"seed_{seed}")
+
+
+def claim(paths: RunPaths, fields: Fields, seed: int) -> None:
+    """Creates the run's directory, or checks that it belongs to this very run.
+
+    Raises:
+      UserError: the directory holds a run with other fields, or can't be written.
+    """
+    record = {"seed": seed} | {k: fields[k] for k in sorted(fields)}
+    record = json.loads(json.dumps(record))
+    if paths.config.exists():
+        try:
+            found = json.loads(paths.config.read_text())
+        except ValueError as error:
+            raise UserError(
+                f"{paths.config} is not a readable configuration; restore it, or give "
+                "another --workdir"
+            ) from error
+        for key, value in record.items():
+            if key in UNHASHED:
+                continue
+            if key in found and found[key] != value:
+                raise UserError(
+                    f"{paths.root} holds a run of another configuration: {key} is "
+                    f"{found[key]!r} there and {value!r} here; give another --workdir"
+                )
+        return
+    try:
+        paths.root.mkdir(parents=True, exist_ok=True)
+        write_atomically(paths.config, json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"--workdir: cannot write to {paths.root} ({error.strerror}); give a "
+            "directory that you may write to"
+        ) from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes the file whole or not at all, and forces it to the disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,1 @@
+"""Sparse training on top of jax and optax alone: masks, rules, one transformation."""
