@@ -1,4 +1,4 @@
-"""LeNet-5 on MNIST: a lottery ticket: the pruned masks and the weights of step 0.
+"""LeNet-5 on MNIST: a lottery ticket (pruned masks, weights of step 0).
 
     python -m lottery_flow.main --config=configs/lottery_lenet5.py \
         --config.sparsity.masks_from=RUN
@@ -6,7 +6,7 @@
 RUN is the seed directory of a run of prune_lenet5; without it the masks are random, at
 95 % sparsity. The weights come from step 0 of the same run, or from
 sparsity.weights_from; without either they are a fresh initialisation.
-Settings: paper.md 4.1 (the paper's released configuration).
+Settings: those of the paper's released code.
 EXPECTED
 """
 

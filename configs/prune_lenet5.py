@@ -1,7 +1,7 @@
 """LeNet-5 on MNIST: gradual magnitude pruning to 95 %.
 
     python -m lottery_flow.main --config=configs/prune_lenet5.py
-Settings: paper.md 4.1 (the paper's released configuration).
+Settings: those of the paper's released code.
 EXPECTED
 """
 

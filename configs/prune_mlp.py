@@ -1,7 +1,7 @@
 """The 300-100 MLP on MNIST: gradual magnitude pruning to 98 %.
 
     python -m lottery_flow.main --config=configs/prune_mlp.py
-Settings: paper.md 4.2 (the paper's released configuration).
+Settings: those of the paper's released code.
 EXPECTED
 """
 

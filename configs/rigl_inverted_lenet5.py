@@ -1,11 +1,11 @@
-"""LeNet-5 on MNIST: RigL (Inverted), the control that grows the smallest gradients.
+"""LeNet-5 on MNIST: RigL (Inverted), growing the smallest gradients.
 
     python -m lottery_flow.main --config=configs/rigl_inverted_lenet5.py \
         --config.sparsity.masks_from=RUN
 
 RUN is the seed directory of a run of prune_lenet5; without it the masks are random, at
 95 % sparsity.
-Settings: paper.md 4.1 (the paper's released configuration).
+Settings: those of the paper's released code.
 EXPECTED
 """
 

@@ -1,11 +1,11 @@
-"""The 300-100 MLP on MNIST: RigL (Inverted), the control that grows the smallest gradients.
+"""The 300-100 MLP on MNIST: RigL (Inverted), growing the smallest gradients.
 
     python -m lottery_flow.main --config=configs/rigl_inverted_mlp.py \
         --config.sparsity.masks_from=RUN
 
 RUN is the seed directory of a run of prune_mlp; without it the masks are random, at
 98 % sparsity.
-Settings: paper.md 4.2 (the paper's released configuration).
+Settings: those of the paper's released code.
 EXPECTED
 """
 

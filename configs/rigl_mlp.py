@@ -7,7 +7,7 @@ RUN is the seed directory of a run of prune_mlp; without it the masks are random
 98 % sparsity.
 Add --config.model.init=per_neuron for the sparsity-aware initialisation (the
 paper's RigL+).
-Settings: paper.md 4.2 (the paper's released configuration).
+Settings: those of the paper's released code.
 EXPECTED
 """
 

@@ -7,7 +7,7 @@ RUN is the seed directory of a run of prune_lenet5; without it the masks are ran
 95 % sparsity.
 Add --config.model.init=per_neuron for the sparsity-aware initialisation (the
 paper's SET+).
-Settings: paper.md 4.1 (the paper's released configuration).
+Settings: those of the paper's released code.
 EXPECTED
 """
 

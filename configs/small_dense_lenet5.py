@@ -1,7 +1,7 @@
-"""LeNet-5 on MNIST: a dense network of about as many parameters as the sparse one.
+"""LeNet-5 on MNIST: a dense network with as few parameters.
 
     python -m lottery_flow.main --config=configs/small_dense_lenet5.py
-Settings: paper.md 4.1 (the paper's released configuration).
+Settings: those of the paper's released code.
 EXPECTED
 """
 

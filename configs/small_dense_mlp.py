@@ -1,7 +1,7 @@
-"""The 300-100 MLP on MNIST: a dense network of about as many parameters as the sparse one.
+"""The 300-100 MLP on MNIST: a dense network with as few parameters.
 
     python -m lottery_flow.main --config=configs/small_dense_mlp.py
-Settings: paper.md 4.2 (the paper's released configuration).
+Settings: those of the paper's released code.
 EXPECTED
 """
 

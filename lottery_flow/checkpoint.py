@@ -74,7 +74,7 @@ def restore(
         )
     except Exception as error:  # orbax raises many types for damaged files
         raise _damaged(checkpoints.directory, step, error) from error
-    return _join(found.network, found.training)
+    return _join(found["network"], found["training"])
 
 
 def restore_network(directory: Path, step: int = -1) -> tuple[int, Network]:

@@ -101,7 +101,7 @@ def default() -> ConfigDict:
 
 
 def paper_lenet5(name: str) -> ConfigDict:
-    """LeNet-5 on MNIST as in the paper (paper.md 4.1), dense."""
+    """LeNet-5 on MNIST with the settings of the released code, dense."""
     config = default()
     config.name = name
     config.data.name = "mnist"
@@ -112,7 +112,7 @@ def paper_lenet5(name: str) -> ConfigDict:
 
 
 def paper_mlp(name: str) -> ConfigDict:
-    """The 300-100 MLP on MNIST as in the paper (paper.md 4.2), dense."""
+    """The 300-100 MLP on MNIST with the settings of the released code, dense."""
     config = paper_lenet5(name)
     config.model.name = "mlp"
     config.optim.learning_rate = 0.2
@@ -137,7 +137,7 @@ def finish(config: ConfigDict, arg: str = "") -> ConfigDict:
 
 
 def gradual_pruning(config: ConfigDict, sparsity: float) -> ConfigDict:
-    """The pruning schedule of both MNIST networks (paper.md 4.1)."""
+    """The pruning schedule of both MNIST networks in the paper's released code."""
     config.sparsity.rule = "gradual_pruning"
     config.sparsity.sparsity = sparsity
     config.sparsity.begin_steps = 3000

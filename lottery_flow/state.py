@@ -40,7 +40,7 @@ def create(
     key: Key[Array, ""],
 ) -> TrainState:
     """The state before the first step; `params` are masked with the masks of `tx`."""
-    opt_state = tx.init(params)
+    opt_state: Any = tx.init(params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=masks_lib.apply(opt_state.masks, params),

@@ -2,7 +2,8 @@
 
 Gradient flow is the L2 norm of the gradient of the mean cross-entropy over all
 active parameters, without weight decay, on a fixed *probe* batch: the first training
-images in the order of the data set, with the model in training mode (paper.md 3.5).
+images in the order of the data set, with the model in training mode, as in the
+paper's released code.
 """
 
 from collections.abc import Callable

@@ -64,8 +64,9 @@ def train(job: Job, paths: RunPaths, *, tensorboard: bool = False) -> Result:
                 progress,
                 rewires=_table(partial(is_rewire, job.rule), job.total_steps),
                 learning_rate=_table(job.learning_rate, job.total_steps),
-                drop_fraction=job.drop_fraction
-                and _table(job.drop_fraction, job.total_steps),
+                drop_fraction=None
+                if job.drop_fraction is None
+                else _table(job.drop_fraction, job.total_steps),
             )
             state = loop.run(state, restored)
         finally:

@@ -5,7 +5,7 @@ from jaxtyping import Array, Float
 
 
 class LeNet5(nn.Module):
-    """conv 5x5, pool, conv 5x5, pool, three dense layers (paper.md 3.9).
+    """conv 5x5, pool, conv 5x5, pool, three dense layers.
 
     44,190 kernel and 236 bias parameters at the default widths on 28 x 28 x 1.
 

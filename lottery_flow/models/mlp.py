@@ -5,7 +5,7 @@ from jaxtyping import Array, Float
 
 
 class MLP(nn.Module):
-    """Dense layers on the flattened image (paper.md 3.9).
+    """Dense layers on the flattened image.
 
     266,200 kernel and 410 bias parameters at the default widths on 28 x 28 x 1.
 

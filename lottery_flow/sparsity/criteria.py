@@ -2,7 +2,7 @@
 
 A criterion is a function `(key, weights, grads) -> scores` of one layer, all of one
 shape; the highest scores are kept, or grown. The gradient is the dense one, taken
-with respect to the masked weights (paper.md 5.1).
+with respect to the masked weights.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def gradient(key, weights, grads) -> Scores:
 
 
 def inverted_gradient(key, weights, grads) -> Scores:
-    """-|g|: what RigL (Inverted) grows, the paper's control (paper.md 3.8)."""
+    """-|g|: what RigL (Inverted) grows, the paper's control (Evci et al. 2022)."""
     return -gradient(key, weights, grads)
 
 

@@ -9,8 +9,9 @@ For the active weight from input i to output o of a layer
 where fan is the fan-in of the output, the fan-out of the input, or their mean. Per
 neuron they are counted on the mask itself: fan_in(o) is the number of active
 weights that end in output o, fan_out(i) of those that leave input i, and a unit
-without any counts as 1. Sources: paper.md 3.1 (per neuron), 3.2 (layer scaled), 3.3
-(masked dense). Kernels have layout (..., in, out).
+without any counts as 1. Sources: the paper and its released code (per neuron); Liu et
+al. 2019, "Rethinking the value of network pruning" (layer scaled); He et al. 2015 and
+Glorot & Bengio 2010 (dense). Kernels have layout (..., in, out).
 
 Every function takes `(key, params, masks)` and redraws the kernels; leaves with
 fewer than two dimensions (biases, norms) are returned as they came. A kernel
@@ -121,7 +122,7 @@ def _active_fans(
     per_pair = jnp.sum(mask, axis=tuple(range(mask.ndim - 2)), dtype=jnp.int32)
     fan_in = jnp.sum(per_pair, axis=0, keepdims=True)
     fan_out = jnp.sum(per_pair, axis=1, keepdims=True)
-    # A unit without active weights must not divide by zero (paper.md 9, trap 16).
+    # A unit without active weights must not divide by zero.
     one = jnp.float32(1)
     return (
         jnp.maximum(fan_in.astype(jnp.float32), one),

@@ -7,8 +7,10 @@ One rewire of a layer with n active weights (SET, RigL and RigL Inverted alike):
     grow n_drop of all other positions, best growth score first
 
 so the number of active weights is conserved exactly, layer by layer. A weight that
-was just dropped may be grown again at once. Sources: paper.md 5.1 (drop and grow),
-5.5 (gradual pruning), 5.2 (timing).
+was just dropped may be grown again at once. Sources: Evci et al. 2020, "Rigging the
+Lottery", algorithm 1, and its released code (google-research/rigl), which settles
+rounding, ties and timing; Zhu & Gupta 2017, "To prune, or not to prune" (gradual
+pruning).
 """
 
 from collections.abc import Callable, Mapping
@@ -62,7 +64,7 @@ def drop_grow(
     grow_scores: Float[Array, "..."],
     fraction: float | Float[Array, ""],
 ) -> Bool[Array, "..."]:
-    """Drops a fraction of the active weights and grows as many (paper.md 5.1).
+    """Drops a fraction of the active weights and grows as many.
 
     Args:
       mask: active weights of one layer.
@@ -108,7 +110,7 @@ def drop_and_grow(
     """
 
     def propose(step, key, masks, params, grads, state):
-        f = fraction(step)
+        f = jnp.asarray(fraction(step))
         leaves, treedef = jax.tree.flatten(masks)
         w_leaves = masks_lib.tree_leaves_at(masks, params)
         g_leaves = masks_lib.tree_leaves_at(masks, grads)
@@ -133,7 +135,7 @@ def rigl(is_due: schedules.Due, fraction: optax.Schedule, **kwargs) -> Rule:
 
 
 def rigl_inverted(is_due: schedules.Due, fraction: optax.Schedule, **kwargs) -> Rule:
-    """RigL (Inverted): grow where the dense gradient is smallest (paper.md 3.8)."""
+    """RigL (Inverted): grow where the dense gradient is smallest (Evci et al. 2022)."""
     return drop_and_grow(is_due, fraction, grow=criteria.inverted_gradient, **kwargs)
 
 
@@ -145,7 +147,7 @@ def gradual_pruning(
     final_sparsity: Mapping[str, float],
     initial_sparsity: float = 0.0,
 ) -> Rule:
-    """Gradual magnitude pruning of Zhu & Gupta (2017), as in paper.md 5.5.
+    """Gradual magnitude pruning of Zhu & Gupta (2017).
 
     At t = begin, begin + interval, ..., end each layer keeps its
     max(round(size (1 - s(t))), 1) largest weights, s(t) the cubic schedule. Weights
@@ -169,7 +171,9 @@ def gradual_pruning(
             initial_sparsity, final_sparsity[name], begin, end
         )
         # Python's round is the banker's rounding of the reference code.
-        kept = [max(round(size * (1.0 - float(sparsity(t)))), 1) for t in due_steps]
+        kept = [
+            max(round(size * (1.0 - float(sparsity(t)))), 1) for t in due_steps.tolist()
+        ]
         return np.array(kept, np.int32)
 
     def propose(step, key, masks, params, grads, state):

@@ -5,8 +5,8 @@
     lr(t)       = f0 lr(t)/lr(0)
     sparsity(t) = s_f + (s_i - s_f) (1 - clip((t - t0)/(t1 - t0), 0, 1))^3
 
-Sources: paper.md 5.2, 5.3 (drop fractions of the reference code), 5.5 (cubic
-sparsity of Zhu & Gupta 2017). Steps count optimizer updates.
+Sources: Evci et al. 2020 (cosine) and the paper's released code (the rate); Zhu &
+Gupta 2017 (cubic sparsity). Steps count optimizer updates.
 """
 
 from collections.abc import Callable
@@ -68,7 +68,7 @@ def follow_learning_rate(
 ) -> optax.Schedule:
     """`fraction` scaled by lr(step)/lr(0): the default of the paper's MNIST code."""
     _check_fraction(fraction)
-    first = float(learning_rate(0))
+    first = float(np.asarray(learning_rate(0)))
     if first <= 0:
         raise ValueError(
             f"learning_rate(0)={first}: a drop fraction that follows the learning "

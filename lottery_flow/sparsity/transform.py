@@ -9,7 +9,7 @@
 One update, in order: mask the gradients, update the inner optimizer, then rewire if
 a rewire is due, then make every inactive weight land on exactly zero. Since
 inactive weights are zero, the gradient at `params` is the dense gradient, at no
-extra cost. Semantics: paper.md 5.1 and 5.2.
+extra cost. Source of the semantics: Evci et al. 2020, algorithm 1.
 
 Guarantees (whatever the inner optimizer and the dtype, for finite parameters):
   - After every `optax.apply_updates` an inactive weight is bit-exactly zero.
@@ -92,7 +92,7 @@ def sparsify(
         )
 
     def update(
-        dense_grads: PyTree,
+        updates: PyTree,
         state: SparseState,
         params: Params | None = None,
         *,
@@ -104,7 +104,7 @@ def sparsify(
             raise ValueError(
                 "sparsify needs params: call tx.update(grads, state, params)"
             )
-        old_inner = state.inner_state
+        dense_grads, old_inner = updates, state.inner_state
         sparse_grads = masks_lib.apply(state.masks, dense_grads)
         updates, new_inner = inner.update(sparse_grads, old_inner, params, **extra)
         stepped = state._replace(

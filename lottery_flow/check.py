@@ -1,0 +1,115 @@
+"""What a configuration may say: one sentence for each mistake.
+
+Each names the field, its value and what to write instead. `build` calls this before
+anything is computed or written.
+"""
+
+from collections.abc import Collection
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from lottery_flow import data, models
+from lottery_flow.errors import UserError
+from lottery_flow.sparsity import distributions, initializers
+
+RULES = ("static", "set", "rigl", "rigl_inverted", "gradual_pruning")
+OPTIMIZERS = ("keras_momentum", "momentum", "adam", "adamw")
+DROP_SCHEDULES = ("learning_rate", "cosine", "constant")
+
+
+def check(config: ConfigDict, seed: int) -> None:
+    """Raises UserError at the first field that makes no sense."""
+    _known("data.name", config.data.name, data.DATASETS)
+    _known("model.name", config.model.name, models.MODELS)
+    _known("model.init", config.model.init, initializers.INITIALIZERS)
+    fans, draws = ("fan_in", "fan_out", "fan_avg"), ("normal", "uniform", "truncated")
+    _known("model.init_fan", config.model.init_fan, ("", *fans))
+    _known("model.init_distribution", config.model.init_distribution, ("", *draws))
+    _at_least("model.init_gain", config.model.init_gain, 0.0)
+    _known("optim.name", config.optim.name, OPTIMIZERS)
+    _known("optim.schedule", config.optim.schedule, ("cosine", "constant"))
+    _above("optim.learning_rate", config.optim.learning_rate, 0.0)
+    _at_least("optim.weight_decay", config.optim.weight_decay, 0.0)
+    _fraction("optim.momentum", config.optim.momentum)
+    sparsity, train = config.sparsity, config.train
+    _known("sparsity.rule", sparsity.rule, RULES)
+    _known("sparsity.distribution", sparsity.distribution, distributions.DISTRIBUTIONS)
+    _known("sparsity.drop_schedule", sparsity.drop_schedule, DROP_SCHEDULES)
+    _known("sparsity.timing", sparsity.timing, ("after", "instead"))
+    _fraction("sparsity.sparsity", sparsity.sparsity)
+    _at_least("sparsity.drop_fraction", sparsity.drop_fraction, 0.0)
+    _at_most("sparsity.drop_fraction", sparsity.drop_fraction, 1.0)
+    _at_least("sparsity.interval_steps", sparsity.interval_steps, 1)
+    _at_least("sparsity.begin_steps", sparsity.begin_steps, 0)
+    _at_least("sparsity.grow_examples", sparsity.grow_examples, 0)
+    _at_least("seed", seed, 0)
+    for field in ("total_steps", "batch_size", "probe_examples"):
+        _at_least(f"train.{field}", train[field], 1)
+    for field in ("log_every_steps", "checkpoint_every_steps"):
+        _at_least(f"train.{field}", train[field], 1)
+    _at_least("train.keep_checkpoints", train.keep_checkpoints, 0)
+    _at_least("optim.warmup_steps", config.optim.warmup_steps, 0)
+    _at_least("eval.every_steps", config.eval.every_steps, 0)
+    _at_least("eval.batch_size", config.eval.batch_size, 1)
+    if config.optim.warmup_steps >= train.total_steps:
+        raise UserError(
+            f"optim.warmup_steps={config.optim.warmup_steps} leaves no step of "
+            f"train.total_steps={train.total_steps}; warm up for fewer"
+        )
+    end = sparsity.end_steps
+    if sparsity.rule != "static" and end != -1 and end < sparsity.begin_steps:
+        raise UserError(
+            f"sparsity.end_steps={end} is before "
+            f"sparsity.begin_steps={sparsity.begin_steps}; give a later end, or -1"
+        )
+    if sparsity.rule == "gradual_pruning":
+        if end <= sparsity.begin_steps:
+            raise UserError(
+                f"sparsity.end_steps={end}: gradual pruning needs an end after "
+                f"sparsity.begin_steps={sparsity.begin_steps}"
+            )
+        if sparsity.masks_from:
+            raise UserError(
+                f"sparsity.masks_from={sparsity.masks_from!r}: gradual pruning starts "
+                "from full masks; leave it empty"
+            )
+    n_train = data.DATASETS[config.data.name].spec.n_train
+    needed = train.probe_examples + sparsity.grow_examples
+    if needed > n_train:
+        raise UserError(
+            f"train.probe_examples={train.probe_examples} and "
+            f"sparsity.grow_examples={sparsity.grow_examples} together exceed the "
+            f"{n_train} training images of {config.data.name}; give fewer"
+        )
+    if train.batch_size > n_train:
+        raise UserError(
+            f"train.batch_size={train.batch_size} exceeds the {n_train} training "
+            f"images of {config.data.name}; give a smaller one"
+        )
+
+
+def _known(field: str, value: str, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        names = ", ".join(repr(a) for a in allowed)
+        raise UserError(f"{field}={value!r} is unknown; give one of {names}")
+
+
+def _at_least(field: str, value: float, bound: float) -> None:
+    if not value >= bound or not np.isfinite(value):
+        raise UserError(f"{field}={value}: give a finite number of at least {bound}")
+
+
+def _at_most(field: str, value: float, bound: float) -> None:
+    if not value <= bound:
+        raise UserError(f"{field}={value}: give at most {bound}")
+
+
+def _above(field: str, value: float, bound: float) -> None:
+    if not value > bound or not np.isfinite(value):
+        raise UserError(f"{field}={value}: give a finite number above {bound}")
+
+
+def _fraction(field: str, value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise UserError(f"{field}={value}: give a fraction from 0 to below 1")
