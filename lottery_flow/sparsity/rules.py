@@ -171,10 +171,8 @@ def gradual_pruning(
             initial_sparsity, final_sparsity[name], begin, end
         )
         # Python's round is the banker's rounding of the reference code.
-        kept = [
-            max(round(size * (1.0 - float(sparsity(t)))), 1) for t in due_steps.tolist()
-        ]
-        return np.array(kept, np.int32)
+        exact = [size * (1.0 - float(sparsity(t))) for t in due_steps.tolist()]
+        return np.array([max(round(n), 1) for n in exact], np.int32)
 
     def propose(step, key, masks, params, grads, state):
         del key, grads

@@ -93,7 +93,7 @@ def sparsify(
 
     def update(
         updates: PyTree,
-        state: SparseState,
+        state: Any,  # SparseState, which optax's own type of a state is not
         params: Params | None = None,
         *,
         grow_grad_fn: Callable[[Params], PyTree] | None = None,
