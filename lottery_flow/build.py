@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from lottery_flow import checkpoint, data, models
-from lottery_flow.check import check
+from lottery_flow import check, checkpoint, data, models
 from lottery_flow.errors import UserError
 from lottery_flow.job import Job
 from lottery_flow.sparsity import distributions, initializers, rules, schedules
@@ -31,7 +30,7 @@ def build(config: ConfigDict, seed: int) -> Job:
     Raises:
       UserError: a field that makes no sense.
     """
-    check(config, seed)
+    check.fields(config)
     spec = data.DATASETS[config.data.name].spec
     model = _model(config, spec)
     key = jax.random.key(seed)

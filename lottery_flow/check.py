@@ -18,7 +18,20 @@ OPTIMIZERS = ("keras_momentum", "momentum", "adam", "adamw")
 DROP_SCHEDULES = ("learning_rate", "cosine", "constant")
 
 
-def check(config: ConfigDict, seed: int) -> None:
+def seeds(config: ConfigDict) -> tuple[int, ...]:
+    """The seeds to train, one run each."""
+    found = tuple(config.train.seeds)
+    if not found or len(set(found)) != len(found):
+        raise UserError(f"train.seeds={found}: give one or more seeds, each once")
+    for seed in found:
+        if not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise UserError(
+                f"train.seeds={found}: give whole numbers from 0 to 2^32 - 1"
+            )
+    return found
+
+
+def fields(config: ConfigDict) -> None:
     """Raises UserError at the first field that makes no sense."""
     _known("data.name", config.data.name, data.DATASETS)
     _known("model.name", config.model.name, models.MODELS)
@@ -43,7 +56,6 @@ def check(config: ConfigDict, seed: int) -> None:
     _at_least("sparsity.interval_steps", sparsity.interval_steps, 1)
     _at_least("sparsity.begin_steps", sparsity.begin_steps, 0)
     _at_least("sparsity.grow_examples", sparsity.grow_examples, 0)
-    _at_least("seed", seed, 0)
     for field in ("total_steps", "batch_size", "probe_examples"):
         _at_least(f"train.{field}", train[field], 1)
     for field in ("log_every_steps", "checkpoint_every_steps"):
@@ -68,6 +80,18 @@ def check(config: ConfigDict, seed: int) -> None:
             raise UserError(
                 f"sparsity.end_steps={end}: gradual pruning needs an end after "
                 f"sparsity.begin_steps={sparsity.begin_steps}"
+            )
+        if (end - sparsity.begin_steps) % sparsity.interval_steps:
+            raise UserError(
+                f"sparsity.interval_steps={sparsity.interval_steps} does not divide "
+                f"the {end - sparsity.begin_steps} steps from begin to end, so the "
+                "final sparsity would not be reached; give a divisor"
+            )
+        if end > train.total_steps:
+            raise UserError(
+                f"sparsity.end_steps={end} is after train.total_steps="
+                f"{train.total_steps}, so the final sparsity would not be reached; "
+                "give an earlier end"
             )
         if sparsity.masks_from:
             raise UserError(

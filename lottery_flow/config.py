@@ -14,6 +14,8 @@ mean "not given".
 
 from ml_collections import ConfigDict
 
+from lottery_flow.errors import UserError
+
 
 def default() -> ConfigDict:
     """All fields at their defaults; runs are named by what differs from these."""
@@ -129,7 +131,9 @@ def finish(config: ConfigDict, arg: str = "") -> ConfigDict:
       arg: '' or 'smoke', which shrinks the run to seconds on the digits data.
     """
     if arg not in ("", "smoke"):
-        raise ValueError(f"the config's argument is {arg!r}; write smoke, or nothing")
+        raise UserError(
+            f"--config: the argument {arg!r} after the colon is unknown; write smoke"
+        )
     if arg == "smoke":
         _shrink(config)
     config.lock()

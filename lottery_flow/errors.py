@@ -1,7 +1,7 @@
 """The one exception for mistakes that a user can mend."""
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """A wrong input, told in one sentence: the field, the value, the remedy.
 
     `lottery_flow.main` prints it without a traceback and exits with status 2;

@@ -4,13 +4,14 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from lottery_flow import check, report, runs
 from lottery_flow import config as config_lib
-from lottery_flow import report, runs
 from lottery_flow.build import build, flat_fields
 from lottery_flow.errors import UserError
 from lottery_flow.train import train
@@ -25,15 +26,11 @@ _WORKDIR = flags.DEFINE_string("workdir", "runs", "Where run directories are mad
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"unknown argument {argv[1]!r}; flags begin with --")
-    if _CONFIG.value is None:
-        raise UserError("--config is missing; give --config=configs/quickstart.py")
-    config = _CONFIG.value
+    config = _load_config()
     fields = flat_fields(config)
     default = flat_fields(config_lib.default())
     # All seeds are checked before the first is trained.
-    jobs = [build(config, seed) for seed in config.train.seeds]
-    if not jobs:
-        raise UserError("train.seeds=() trains nothing; give (0,)")
+    jobs = [build(config, seed) for seed in check.seeds(config)]
     for job in jobs:
         paths = runs.run_paths(_WORKDIR.value, fields, default, job.seed)
         runs.claim(paths, fields, job.seed)
@@ -42,6 +39,18 @@ def main(argv: Sequence[str]) -> None:
         else:
             run(config, job, paths)
         print(paths.summary.read_text())
+
+
+def _load_config():
+    config = _CONFIG.value
+    if config is None:
+        raise UserError("--config is missing; give --config=configs/quickstart.py")
+    try:
+        _ = config.name  # a file that could not be read says so at the first access
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--config: give the path of a file ({reason})") from error
+    return config
 
 
 def run(config, job, paths: runs.RunPaths) -> None:
@@ -63,8 +72,7 @@ def cli() -> None:
         try:
             main(argv)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            _fail(error)
 
     app.run(guarded, flags_parser=_parse)
 
@@ -81,11 +89,30 @@ def _configure_logging() -> None:
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
+    """Parses the flags; a wrong one becomes one sentence."""
     try:
         return flags.FLAGS(argv)
-    except (AttributeError, OSError, TypeError, ValueError, flags.Error) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except UserError as error:
+        _fail(error)
+    except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
+        _fail(_unknown_field(argv) or error)
+
+
+def _unknown_field(argv: Sequence[str]) -> str | None:
+    """A sentence on the first --config.FIELD that no configuration has."""
+    fields = flat_fields(config_lib.default())
+    for arg in argv:
+        name = arg.removeprefix("--config.").split("=")[0]
+        if arg.startswith("--config.") and name not in fields:
+            group = name.rpartition(".")[0]
+            known = [f for f in fields if f.rpartition(".")[0] == group] or fields
+            return f"--config.{name} is not a field; there are {', '.join(known)}"
+    return None
+
+
+def _fail(message: object) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":
