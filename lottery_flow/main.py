@@ -33,11 +33,12 @@ def main(argv: Sequence[str]) -> None:
     jobs = [build(config, seed) for seed in check.seeds(config)]
     for job in jobs:
         paths = runs.run_paths(_WORKDIR.value, fields, default, job.seed)
-        runs.claim(paths, fields, job.seed)
+        record = {"seed": job.seed, **fields}
+        runs.check(paths, record)
         if paths.done.exists():
             print(f"{paths.root} is finished; nothing to do.")
         else:
-            run(config, job, paths)
+            run(config, job, paths, record)
         print(paths.summary.read_text())
 
 
@@ -53,10 +54,10 @@ def _load_config():
     return config
 
 
-def run(config, job, paths: runs.RunPaths) -> None:
+def run(config, job, paths: runs.RunPaths, record: runs.Fields) -> None:
     """Trains one job, then writes its summary, its figure and, last, DONE."""
     _LOG.info("run directory %s", paths.root)
-    result = train(job, paths, tensorboard=config.train.tensorboard)
+    result = train(job, paths, record, tensorboard=config.train.tensorboard)
     text = report.summary(config.name, job.model, result.state, result.rows)
     runs.write_atomically(paths.summary, text)
     if config.train.figure:

@@ -59,7 +59,10 @@ class Writer:
                 if name not in ("step", "seed") and isinstance(value, int | float):
                     self._board.add_scalar(name, value, row["step"])
 
-    def close(self) -> None:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()

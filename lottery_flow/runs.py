@@ -79,30 +79,40 @@ def run_paths(workdir: str, fields: Fields, default: Fields, seed: int) -> RunPa
     return RunPaths(Path(workdir) / name / f"seed_{seed}")
 
 
-def claim(paths: RunPaths, fields: Fields, seed: int) -> None:
-    """Creates the run's directory, or checks that it belongs to this very run.
+def check(paths: RunPaths, record: Fields) -> None:
+    """Checks that a run's directory, if there is one, is of this very run.
+
+    Args:
+      paths: of the run.
+      record: what config.json says: the seed and all fields.
 
     Raises:
-      UserError: the directory holds a run with other fields, or can't be written.
+      UserError: the directory holds a run with other fields.
     """
-    record = {"seed": seed} | {k: fields[k] for k in sorted(fields)}
-    record = json.loads(json.dumps(record))
-    if paths.config.exists():
-        try:
-            found = json.loads(paths.config.read_text())
-        except ValueError as error:
+    if not paths.config.exists():
+        return
+    try:
+        found = json.loads(paths.config.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{paths.config} is not a readable configuration; restore it, or give "
+            "another --workdir"
+        ) from error
+    for key, value in record.items():
+        if key not in UNHASHED and key in found and found[key] != value:
             raise UserError(
-                f"{paths.config} is not a readable configuration; restore it, or give "
-                "another --workdir"
-            ) from error
-        for key, value in record.items():
-            if key in UNHASHED:
-                continue
-            if key in found and found[key] != value:
-                raise UserError(
-                    f"{paths.root} holds a run of another configuration: {key} is "
-                    f"{found[key]!r} there and {value!r} here; give another --workdir"
-                )
+                f"{paths.root} holds a run of another configuration: {key} is "
+                f"{found[key]!r} there and {value!r} here; give another --workdir"
+            )
+
+
+def claim(paths: RunPaths, record: Fields) -> None:
+    """Creates the run's directory and its config.json, if they are not there.
+
+    Raises:
+      UserError: the directory can't be written.
+    """
+    if paths.config.exists():
         return
     try:
         paths.root.mkdir(parents=True, exist_ok=True)

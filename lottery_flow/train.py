@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lottery_flow import checkpoint, data, metrics
+from lottery_flow import checkpoint, data, metrics, runs
 from lottery_flow.data import arrays
 from lottery_flow.evaluate import evaluate
 from lottery_flow.job import Job
 from lottery_flow.metrics import Row, check_finite
 from lottery_flow.progress import Progress
-from lottery_flow.runs import RunPaths
+from lottery_flow.runs import Fields, RunPaths
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.sparsity.rules import is_rewire
 from lottery_flow.state import TrainState, create
@@ -37,60 +37,65 @@ class Result(NamedTuple):
     rows: list[Row]
 
 
-def train(job: Job, paths: RunPaths, *, tensorboard: bool = False) -> Result:
+def train(
+    job: Job, paths: RunPaths, record: Fields, *, tensorboard: bool = False
+) -> Result:
     """Trains until `job.total_steps`, going on from the newest checkpoint.
 
+    Args:
+      job: what to train.
+      paths: where it is kept; made once the data and the network are there.
+      record: the contents of config.json.
+      tensorboard: write TensorBoard files too.
+
     Raises:
-      UserError: the loss is not finite any more, or a checkpoint is damaged.
+      UserError: data, masks or weights that are missing; a damaged checkpoint; a loss
+        that is not finite any more.
     """
     dataset = job.load_data()
-    manager = checkpoint.manager(paths.checkpoints, job.keep_checkpoints)
-    restored = manager.latest_step()
-    board = paths.tensorboard if tensorboard else None
-    with manager, Progress(job.total_steps, restored or 0) as progress:
-        tx, state = _start(job, paths, manager, restored)
-        steps = compile_steps(
-            job.model.apply, tx, job.rule.timing, job.spec.mean, job.spec.std
-        )
-        last = -1 if restored is None else restored
-        writer = metrics.Writer(paths.metrics, last, board)
-        try:
-            loop = _Loop(
-                job,
-                dataset,
-                steps,
-                manager,
-                writer,
-                progress,
-                rewires=_table(partial(is_rewire, job.rule), job.total_steps),
-                learning_rate=_table(job.learning_rate, job.total_steps),
-                drop_fraction=None
-                if job.drop_fraction is None
-                else _table(job.drop_fraction, job.total_steps),
-            )
-            state = loop.run(state, restored)
-        finally:
-            writer.close()
-    return Result(state, writer.rows)
-
-
-def _start(job: Job, paths: RunPaths, manager, restored: int | None):
-    """The transformation and the state to go on from."""
+    steps_kept = checkpoint.steps_in(paths.checkpoints)
+    restored = steps_kept[-1] if steps_kept else None
     if restored is None:
         network = job.make_network()
-        tx = job.make_tx(network.masks)
-        return tx, jax.jit(partial(create, tx))(
-            network.params, network.batch_stats, job.step_key
-        )
-    _LOG.info("going on from the checkpoint of step %d", restored)
-    # The masks of the checkpoint say which leaves are sparse, so that a run goes on
-    # even if the run that its masks came from is gone.
-    _, network = checkpoint.restore_network(paths.checkpoints, restored)
+    else:
+        # Its masks say which leaves are sparse, so that a run goes on even if the run
+        # that its masks came from is gone.
+        _LOG.info("going on from the checkpoint of step %d", restored)
+        _, network = checkpoint.restore_network(paths.checkpoints, restored)
     tx = job.make_tx(network.masks)
-    like = jax.eval_shape(
-        partial(create, tx), network.params, network.batch_stats, job.step_key
-    )
-    return tx, checkpoint.restore(manager, restored, like)
+    new_state = partial(create, tx, network.params, network.batch_stats, job.step_key)
+    runs.claim(paths, record)
+    manager = checkpoint.manager(paths.checkpoints, job.keep_checkpoints)
+    with (
+        manager,
+        Progress(job.total_steps, restored or 0) as progress,
+        metrics.Writer(
+            paths.metrics,
+            -1 if restored is None else restored,
+            paths.tensorboard if tensorboard else None,
+        ) as writer,
+    ):
+        if restored is None:
+            state = jax.jit(new_state)()
+        else:
+            state = checkpoint.restore(manager, restored, jax.eval_shape(new_state))
+        loop = _Loop(
+            job,
+            dataset,
+            compile_steps(
+                job.model.apply, tx, job.rule.timing, job.spec.mean, job.spec.std
+            ),
+            manager,
+            writer,
+            progress,
+            rewires=_table(partial(is_rewire, job.rule), job.total_steps),
+            learning_rate=_table(job.learning_rate, job.total_steps),
+            drop_fraction=None
+            if job.drop_fraction is None
+            else _table(job.drop_fraction, job.total_steps),
+        )
+        state = loop.run(state, restored)
+    return Result(state, writer.rows)
 
 
 def _table(schedule: Callable, total_steps: int) -> np.ndarray:
