@@ -3,6 +3,7 @@
 from lottery_flow._version import __version__
 from lottery_flow.sparsity import (
     criteria,
+    distributions,
     initializers,
     masks,
     rules,
@@ -17,6 +18,7 @@ __all__ = [
     "SparseState",
     "__version__",
     "criteria",
+    "distributions",
     "initializers",
     "masks",
     "rewire_network",

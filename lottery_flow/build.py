@@ -21,7 +21,7 @@ from lottery_flow.sparsity.rules import Rule
 from lottery_flow.sparsity.transform import sparsify
 
 # Which stream of a run's randomness: fold_in(key(seed), stream).
-_PARAMS, _INIT, _MASKS, _REWIRE, _STEP = range(5)
+_PARAMS, _INIT, _MASKS, _REWIRE, _STEP, _FRESH_INIT = range(6)
 
 
 def build(config: ConfigDict, seed: int) -> Job:
@@ -200,6 +200,11 @@ def _network(config, model, key, n_active) -> checkpoint.Network:
     source_masks = source = None
     if sparsity.masks_from:
         source_masks = _source(config, "masks", shapes["params"]).masks
+        if not jax.tree.leaves(source_masks):
+            raise UserError(
+                f"sparsity.masks_from={sparsity.masks_from!r} is a dense network "
+                "without masks; give a sparse run, or leave it empty"
+            )
     if sparsity.weights_from:
         source = _source(config, "weights", shapes["params"])
     options = {
@@ -224,7 +229,10 @@ def _network(config, model, key, n_active) -> checkpoint.Network:
             masks = masks_lib.random(masks_key, params, n_active)
         if sparsity.shuffle_masks:
             masks = masks_lib.shuffle(masks_key, masks)
-        init_key = jax.random.fold_in(key, _INIT)
+        # Under masks of a run with the same seed the usual draw would be that run's
+        # own: not a fresh initialisation, but its lottery ticket.
+        stream = _INIT if source_masks is None else _FRESH_INIT
+        init_key = jax.random.fold_in(key, stream)
         given = {k: v for k, v in options.items() if v}
         params = init(init_key, params, masks, **given)
         batch_stats = variables.get("batch_stats", {})

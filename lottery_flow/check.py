@@ -4,6 +4,7 @@ Each names the field, its value and what to write instead. `build` calls this be
 anything is computed or written.
 """
 
+import re
 from collections.abc import Collection
 
 import numpy as np
@@ -33,6 +34,11 @@ def seeds(config: ConfigDict) -> tuple[int, ...]:
 
 def fields(config: ConfigDict) -> None:
     """Raises UserError at the first field that makes no sense."""
+    if not re.fullmatch(r"\w[\w.-]*", config.name):
+        raise UserError(
+            f"name={config.name!r} cannot name a directory; give letters, digits, "
+            "dots, dashes and underscores, the first no dot or dash"
+        )
     _known("data.name", config.data.name, data.DATASETS)
     _known("model.name", config.model.name, models.MODELS)
     _known("model.init", config.model.init, initializers.INITIALIZERS)
@@ -93,17 +99,23 @@ def fields(config: ConfigDict) -> None:
                 f"{train.total_steps}, so the final sparsity would not be reached; "
                 "give an earlier end"
             )
+        if sparsity.timing == "instead":
+            raise UserError(
+                "sparsity.timing='instead': gradual pruning prunes after the gradient "
+                "step; write after"
+            )
         if sparsity.masks_from:
             raise UserError(
                 f"sparsity.masks_from={sparsity.masks_from!r}: gradual pruning starts "
                 "from full masks; leave it empty"
             )
     n_train = data.DATASETS[config.data.name].spec.n_train
-    needed = train.probe_examples + sparsity.grow_examples
-    if needed > n_train:
+    drops = sparsity.rule not in ("static", "gradual_pruning")
+    grow = sparsity.grow_examples if drops else 0
+    if train.probe_examples + grow > n_train:
         raise UserError(
             f"train.probe_examples={train.probe_examples} and "
-            f"sparsity.grow_examples={sparsity.grow_examples} together exceed the "
+            f"sparsity.grow_examples={grow} together exceed the "
             f"{n_train} training images of {config.data.name}; give fewer"
         )
     if train.batch_size > n_train:
@@ -119,21 +131,21 @@ def _known(field: str, value: str, allowed: Collection[str]) -> None:
         raise UserError(f"{field}={value!r} is unknown; give one of {names}")
 
 
-def _at_least(field: str, value: float, bound: float) -> None:
+def _at_least(field: str, value: float | int, bound: float | int) -> None:
     if not value >= bound or not np.isfinite(value):
         raise UserError(f"{field}={value}: give a finite number of at least {bound}")
 
 
-def _at_most(field: str, value: float, bound: float) -> None:
+def _at_most(field: str, value: float | int, bound: float | int) -> None:
     if not value <= bound:
         raise UserError(f"{field}={value}: give at most {bound}")
 
 
-def _above(field: str, value: float, bound: float) -> None:
+def _above(field: str, value: float | int, bound: float | int) -> None:
     if not value > bound or not np.isfinite(value):
         raise UserError(f"{field}={value}: give a finite number above {bound}")
 
 
-def _fraction(field: str, value: float) -> None:
+def _fraction(field: str, value: float | int) -> None:
     if not 0.0 <= value < 1.0:
         raise UserError(f"{field}={value}: give a fraction from 0 to below 1")

@@ -115,8 +115,10 @@ def restore_network(directory: Path, step: int = -1) -> tuple[int, Network]:
 
 def steps_in(directory: Path) -> list[int]:
     """The steps of the complete checkpoints in a directory, ascending."""
-    if not directory.is_dir():
+    if not directory.exists():
         return []
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory; move that file away")
     return sorted(ocp.path.step.checkpoint_steps(directory))
 
 
@@ -132,7 +134,7 @@ def _split(state: TrainState) -> tuple[PyTree, PyTree]:
     network = {
         "params": state.params,
         "batch_stats": state.batch_stats,
-        "masks": state.masks,
+        "masks": state.opt_state.masks,
     }
     training = state._replace(
         params=(), batch_stats=(), opt_state=state.opt_state._replace(masks=())

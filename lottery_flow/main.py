@@ -29,12 +29,15 @@ def main(argv: Sequence[str]) -> None:
     config = _load_config()
     fields = flat_fields(config)
     default = flat_fields(config_lib.default())
-    # All seeds are checked before the first is trained.
+    # Everything is checked for all seeds before the first is trained.
     jobs = [build(config, seed) for seed in check.seeds(config)]
+    started = []
     for job in jobs:
         paths = runs.run_paths(_WORKDIR.value, fields, default, job.seed)
         record = {"seed": job.seed, **fields}
         runs.check(paths, record)
+        started.append((job, paths, record))
+    for job, paths, record in started:
         if paths.done.exists():
             print(f"{paths.root} is finished; nothing to do.")
         else:

@@ -23,11 +23,23 @@ def read(path: Path) -> list[Row]:
     """The complete rows of a metrics file; [] without one.
 
     A last line that was cut short by a crash is left out.
+
+    Raises:
+      UserError: another line is not JSON.
     """
     if not path.exists():
         return []
     lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(
+                f"{path} is damaged in line {number}; mend or delete that line, or "
+                "give another --workdir"
+            ) from error
+    return rows
 
 
 class Writer:

@@ -63,9 +63,15 @@ def train(
         _LOG.info("going on from the checkpoint of step %d", restored)
         _, network = checkpoint.restore_network(paths.checkpoints, restored)
     tx = job.make_tx(network.masks)
-    new_state = partial(create, tx, network.params, network.batch_stats, job.step_key)
+    start = network.params, network.batch_stats, job.step_key
     runs.claim(paths, record)
     manager = checkpoint.manager(paths.checkpoints, job.keep_checkpoints)
+    # Whatever can fail comes before the metrics are opened, which forgets rows.
+    if restored is None:
+        state = jax.jit(partial(create, tx))(*start)
+    else:
+        like = jax.eval_shape(partial(create, tx), *start)
+        state = checkpoint.restore(manager, restored, like)
     with (
         manager,
         Progress(job.total_steps, restored or 0) as progress,
@@ -75,10 +81,6 @@ def train(
             paths.tensorboard if tensorboard else None,
         ) as writer,
     ):
-        if restored is None:
-            state = jax.jit(new_state)()
-        else:
-            state = checkpoint.restore(manager, restored, jax.eval_shape(new_state))
         loop = _Loop(
             job,
             dataset,
@@ -183,6 +185,8 @@ class _Loop(NamedTuple):
         if evaluates:
             split = self.dataset.test_images, self.dataset.test_labels
             batches = arrays.padded_batches(*split, self.job.eval_batch_size)
-            row |= evaluate(self.steps.evaluate, state, batches)
+            tested = evaluate(self.steps.evaluate, state, batches)
+            check_finite("the test loss", tested["test_loss"], step, saved)
+            row |= tested
         self.writer.write(row)
         self.progress.report(row)

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key, PyTree, UInt8
 
-Masks: TypeAlias = PyTree[Bool[Array, "..."] | None]
-Params: TypeAlias = PyTree[Float[Array, "..."]]
+# numpy arrays too: what a checkpoint gives back.
+Masks: TypeAlias = PyTree[Bool[Array | np.ndarray, "..."] | None]
+Params: TypeAlias = PyTree[Float[Array | np.ndarray, "..."]]
 
 
 def is_kernel(name: str, leaf: Any) -> bool:

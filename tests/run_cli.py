@@ -1,0 +1,170 @@
+"""Starts `python -m lottery_flow.main`: in this process, or in one of its own."""
+
+import atexit
+import contextlib
+import io
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import types
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import pytest
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from lottery_flow import main
+from lottery_flow.build import build
+from lottery_flow.config import default
+from lottery_flow.job import Job
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT = 300.0  # seconds, for what never takes that long
+
+# One cache for all starts of this session: a program is compiled once. The tests of
+# resuming compare bits of many starts, which also shows that the cache keeps them.
+CACHE = {
+    "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(prefix="lottery_flow_tests_"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0,
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": -1,
+}
+atexit.register(shutil.rmtree, CACHE["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+for _name, _value in CACHE.items():
+    jax.config.update(_name.lower(), _value)
+
+
+SMALL = {
+    "name": "small",
+    "model.name": "mlp",
+    "model.widths": (6,),
+    "optim.weight_decay": 1e-2,
+    "sparsity.sparsity": 0.8,
+    "sparsity.interval_steps": 3,
+    "sparsity.grow_examples": 30,
+    "train.total_steps": 12,
+    "train.batch_size": 16,
+    "train.probe_examples": 40,
+    "train.log_every_steps": 5,
+    "train.checkpoint_every_steps": 6,
+    "train.figure": False,
+    "eval.every_steps": 6,
+}
+
+
+def small_config(**fields: object) -> ConfigDict:
+    """A run of a tiny network on the digits; `a__b` sets the field a.b."""
+    config = default()
+    own = {k.replace("__", "."): v for k, v in fields.items()}
+    config.update_from_flattened_dict(SMALL | own)
+    return config
+
+
+def small_job(seed: int = 0, **fields: object) -> Job:
+    """The job of `small_config`."""
+    return build(small_config(**fields), seed)
+
+
+class Outcome(NamedTuple):
+    """What a start of the program left behind."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines on stderr that tell an error."""
+        return [k for k in self.stderr.splitlines() if k.startswith("error: ")]
+
+
+def flag_list(config: str, workdir: Path, **fields: object) -> list[str]:
+    """The command line; a field `a__b` is `--config.a.b`."""
+    name, _, arg = config.partition(":")
+    path = ROOT / "configs" / f"{name}.py"
+    chosen = [f"--config.{k.replace('__', '.')}={v}" for k, v in fields.items()]
+    chosen.append(f"--workdir={workdir}")
+    return [f"--config={path}:{arg}" if arg else f"--config={path}", *chosen]
+
+
+def in_process(*args: str) -> Outcome:
+    """`main.cli` with flags of its own; any exception but SystemExit comes through."""
+    out, err = io.StringIO(), io.StringIO()
+    logger = logging.getLogger("lottery_flow")
+    handlers = logger.handlers[:]
+    status = 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        # optax's schedules mix dtypes.
+        stack.enter_context(jax.numpy_dtype_promotion("standard"))
+        stack.enter_context(warnings.catch_warnings())
+        # ml_collections loads config files by it.
+        warnings.filterwarnings("ignore", r"the load_module\(\) method is deprecated")
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        patch.setattr(sys, "argv", ["main", *args])
+        values = flags.FlagValues()
+        patch.setattr(flags, "FLAGS", values)
+        patch.setattr(main, "_CONFIG", _define_config(values))
+        workdir = flags.DEFINE_string("workdir", "runs", "", flag_values=values)
+        patch.setattr(main, "_WORKDIR", workdir)
+        patch.setattr(main, "app", types.SimpleNamespace(run=_run))
+        try:
+            main.cli()
+        except SystemExit as stop:
+            status = stop.code or 0
+        finally:
+            logger.handlers[:] = handlers
+            logger.propagate = True
+    return Outcome(status, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def process(*args: str, **kwargs: object) -> Iterator[subprocess.Popen]:
+    """The program as a process, which is dead when the context ends."""
+    command = [sys.executable, "-m", "lottery_flow.main", *args]
+    environment = os.environ | {k: str(v) for k, v in CACHE.items()}
+    environment |= {"JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **kwargs) as started:
+        try:
+            yield started
+        finally:
+            started.kill()
+
+
+def subprocess_run(*args: str) -> Outcome:
+    """Starts the program as a process and waits until it ends."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with process(*args, **pipes) as started:
+        out, err = started.communicate(timeout=TIMEOUT)
+    return Outcome(started.returncode, out, err)
+
+
+def snapshot(directory: Path) -> dict[str, tuple[bytes, int] | None]:
+    """Every path below a directory: content and time of change, None if it has none."""
+    return {
+        str(p.relative_to(directory)): (p.read_bytes(), p.stat().st_mtime_ns)
+        if p.is_file()
+        else None
+        for p in sorted(directory.rglob("*"))
+    }
+
+
+def run_directory(workdir: Path, seed: int = 0) -> Path:
+    """The only run of a work directory."""
+    (found,) = workdir.glob(f"*/seed_{seed}")
+    return found
+
+
+def _define_config(values: flags.FlagValues) -> flags.FlagHolder:
+    return config_flags.DEFINE_config_file("config", None, flag_values=values)
+
+
+def _run(guarded, flags_parser) -> None:
+    """What `absl.app.run` does, without its lasting changes to the process."""
+    sys.exit(guarded(flags_parser(sys.argv)))

@@ -1,0 +1,216 @@
+"""Every file of configs/: the paper's numbers, built whole, run in smoke."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import run_cli
+
+from lottery_flow import checkpoint, data, metrics
+from lottery_flow.build import build
+from lottery_flow.sparsity import masks as masks_lib
+from lottery_flow.state import create
+from lottery_flow.steps import compile_steps
+
+FILES = sorted(run_cli.ROOT.glob("configs/*.py"))
+NAMES = [path.stem for path in FILES]
+PAPER = [name for name in NAMES if re.search("lenet5$|mlp$", name)]
+N_WEIGHTS = {"lenet5": 44_190, "mlp": 266_200}
+# paper.md 3.8 and 3.9: kernels' active weights of each network at its last step.
+N_ACTIVE = {"lenet5": 2_210, "mlp": 5_324}
+RULES = ("rigl_inverted", "rigl", "set")
+
+
+@pytest.fixture(autouse=True)
+def _promotion():
+    """optax's schedules mix dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def get_config(name: str, *args: str):
+    spec = importlib.util.spec_from_file_location(
+        name, run_cli.ROOT / "configs" / f"{name}.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*args)
+
+
+def test_there_is_a_config_for_each_method_and_network():
+    methods = ("dense", "small_dense", "scratch", "lottery", "prune", *RULES)
+    wanted = {f"{m}_{n}" for m in methods for n in ("lenet5", "mlp")}
+    assert wanted == set(PAPER)
+    assert "quickstart" in NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_name_is_that_of_the_file_and_fields_are_locked(name):
+    config = get_config(name)
+    assert config.name == name
+    assert config.is_locked
+    with pytest.raises(AttributeError):
+        config.optim.learning_rat = 0.1
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_hyper_parameters_of_the_paper(name):
+    config, mlp = get_config(name), name.endswith("mlp")
+    assert config.data.name == "mnist"
+    assert config.train.total_steps == 11_719
+    assert config.train.batch_size == 128
+    assert config.train.probe_examples == 1000
+    optim = config.optim
+    assert (optim.name, optim.momentum) == ("keras_momentum", 0.9)
+    assert (optim.nesterov, optim.warmup_steps) == (False, 0)
+    assert (optim.learning_rate, optim.schedule) == (0.2 if mlp else 0.05, "cosine")
+    assert optim.weight_decay == (2e-4 if mlp else 1e-3)
+    sparsity = config.sparsity
+    if "dense" in name:
+        assert (sparsity.rule, sparsity.sparsity) == ("static", 0.0)
+        return
+    assert sparsity.sparsity == (0.98 if mlp else 0.95)
+    assert (sparsity.distribution, sparsity.dense_layers) == ("uniform", "")
+    if name.startswith("prune"):
+        steps = sparsity.begin_steps, sparsity.end_steps, sparsity.interval_steps
+        assert (sparsity.rule, *steps) == ("gradual_pruning", 3000, 7000, 100)
+    if name.startswith(RULES):
+        assert name.startswith(sparsity.rule)
+        assert sparsity.interval_steps == (500 if mlp else 100)
+        assert (sparsity.begin_steps, sparsity.end_steps) == (0, -1)
+        assert (sparsity.drop_fraction, sparsity.drop_schedule) == (
+            0.3,
+            "learning_rate",
+        )
+        assert (sparsity.timing, sparsity.grow_examples) == ("after", 1000)
+    if name.startswith(("lottery", "scratch")):
+        assert sparsity.rule == "static"
+
+
+@pytest.mark.parametrize("network", ["lenet5", "mlp"])
+def test_the_ticket_takes_masks_of_the_end_and_weights_of_the_start(network):
+    config = get_config(f"lottery_{network}")
+    config.sparsity.masks_from = "there"
+    resolved = config.copy_and_resolve_references().sparsity
+    assert (resolved.masks_from, resolved.weights_from) == ("there", "there")
+    assert (resolved.masks_step, resolved.weights_step) == (-1, 0)
+
+
+def abstract_run(job):
+    """The state after one step and the metrics, from shapes alone."""
+    height, width, channels = job.spec.image_shape
+    images = np.zeros((job.batch_size, height, width, channels), np.uint8)
+    batch = {"image": images, "label": np.zeros(job.batch_size, np.int32)}
+    grow = batch if job.grow_examples else None
+
+    def everything():
+        network = job.make_network()
+        tx = job.make_tx(network.masks)
+        state = create(tx, network.params, network.batch_stats, job.step_key)
+        spec = job.spec
+        steps = compile_steps(job.model.apply, tx, job.rule.timing, spec.mean, spec.std)
+        moved = jax.tree.map(jax.numpy.asarray, (batch, grow))
+        return steps.rewire(steps.train(state, moved[0])[0], *moved[:1] * 2, moved[1])
+
+    return jax.eval_shape(everything)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_full_size_builds_without_data(name):
+    job = build(get_config(name), 0)
+    state, measured = abstract_run(job)
+    small = {"small_dense_lenet5": 2_399, "small_dense_mlp": 6_442}
+    n_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    whole = {"lenet5": 44_426, "mlp": 266_610, "quickstart": 44_426}
+    assert n_parameters == small.get(name, whole[name.split("_")[-1]])
+    assert measured["gradient_norm_after"].shape == ()
+    n_masks = len(jax.tree.leaves(state.opt_state.masks))
+    assert (n_masks == 0) == ("dense" in name)
+
+
+def smoke(name: str, workdir: Path, **fields: object) -> tuple[Path, str]:
+    fields = {"train__figure": False} | fields
+    args = run_cli.flag_list(f"{name}:smoke", workdir, **fields)
+    outcome = run_cli.in_process(*args)
+    assert outcome.status == 0
+    assert not outcome.errors
+    return run_cli.run_directory(workdir), outcome.stdout
+
+
+@pytest.fixture(scope="module")
+def smoked(tmp_path_factory):
+    """name -> (run directory, stdout) of its smoke run; each is run once."""
+    root, done = tmp_path_factory.mktemp("smoke"), {}
+
+    def get(name):
+        if name not in done:
+            done[name] = smoke(name, root / name)
+        return done[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_smoke_runs_to_its_end(smoked, name):
+    run, stdout = smoked(name)
+    assert (run / "DONE").exists()
+    assert (run / "summary.txt").read_text() in stdout
+    assert checkpoint.steps_in(run / "checkpoints") == [0, 6, 12]
+    _, network = checkpoint.restore_network(run / "checkpoints")
+    counts = masks_lib.counts(network.masks, network.params)
+    model = name.split("_")[-1]
+    if "dense" in name:
+        assert not jax.tree.leaves(network.masks)
+    elif name != "quickstart":
+        assert sum(counts.values()) == N_ACTIVE[model]
+        assert (
+            sum(v.size for v in masks_lib.layers(network.params).values())
+            == (N_WEIGHTS[model])
+        )
+
+
+def test_smoke_of_pruning_starts_dense(smoked):
+    run, _ = smoked("prune_lenet5")
+    _, first = checkpoint.restore_network(run / "checkpoints", 0)
+    counts = masks_lib.counts(first.masks, first.params)
+    assert sum(counts.values()) == N_WEIGHTS["lenet5"]
+
+
+def test_a_ticket_is_the_first_weights_under_the_last_masks(smoked, tmp_path):
+    pruned, _ = smoked("prune_lenet5")
+    ticket, _ = smoke("lottery_lenet5", tmp_path, sparsity__masks_from=pruned)
+    last = checkpoint.restore_network(pruned / "checkpoints")[1]
+    rewound = checkpoint.restore_network(pruned / "checkpoints", 0)[1]
+    start = checkpoint.restore_network(ticket / "checkpoints", 0)[1]
+    end = checkpoint.restore_network(ticket / "checkpoints")[1]
+    masks = masks_lib.named_leaves(last.masks)
+    expected = masks_lib.named_leaves(rewound.params)
+    for name, found in masks_lib.named_leaves(start.params).items():
+        kept = True if masks[name] is None else masks[name]
+        wanted = np.where(kept, expected[name], 0).astype(expected[name].dtype)
+        np.testing.assert_array_equal(found, wanted)
+    for masks_then in (start.masks, end.masks):
+        for name, mask in masks_lib.named_leaves(masks_then).items():
+            np.testing.assert_array_equal(mask, masks[name])
+
+
+def test_fields_from_the_command_line(tmp_path):
+    fields = {"optim__learning_rate": 0.125, "train__seeds": "(3, 4)"}
+    args = run_cli.flag_list("dense_mlp:smoke", tmp_path, **fields)
+    assert run_cli.in_process(*args).status == 0
+    for seed in (3, 4):
+        run = run_cli.run_directory(tmp_path, seed)
+        record = json.loads((run / "config.json").read_text())
+        assert record["optim.learning_rate"] == 0.125
+        assert record["seed"] == seed
+        assert metrics.read(run / "metrics.jsonl")[0]["learning_rate"] == 0.125
+        assert (run / "figure.png").stat().st_size > 10_000
+
+
+def test_the_specs_of_the_data_are_those_of_the_paper():
+    spec = data.DATASETS["mnist"].spec
+    assert (spec.mean, spec.std, spec.n_train) == ((0.0,), (1.0,), 60_000)

@@ -1,0 +1,31 @@
+"""The README's own code runs."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_loop_of_the_readme_trains_a_sparse_network():
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    kernel = jax.random.normal(jax.random.key(0), (20, 10))
+    scope = {
+        "params": {"dense": {"kernel": kernel, "bias": jnp.zeros(10)}},
+        "loss_fn": lambda p, x: jnp.mean(
+            (x @ p["dense"]["kernel"] + p["dense"]["bias"][None] - 1.0) ** 2
+        ),
+    }
+    batch = jax.random.normal(jax.random.key(3), (32, 20))
+    with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes int and float
+        exec(code, scope)
+        params, state = scope["params"], scope["state"]
+        first = scope["loss_fn"](params, batch)
+        for _ in range(101):
+            params, state = scope["step"](params, state, batch)
+    assert scope["loss_fn"](params, batch) < first
+    mask = state.masks["dense"]["kernel"]
+    assert int(jnp.sum(mask)) == 20  # 90 % of 200 weights are inactive
+    assert not jnp.any(jnp.where(mask, 0.0, params["dense"]["kernel"]))
