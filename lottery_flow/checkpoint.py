@@ -5,6 +5,11 @@ that restores without knowing the optimizer: what tickets, analysis and notebook
 need. `training` is what only the same run can use: step, key, optimizer state.
 """
 
+import gc
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +69,7 @@ def restore(
       UserError: the checkpoint is damaged or of another model.
     """
     network, training = _split(like)
-    try:
+    with _reading(checkpoints.directory, step):
         found = checkpoints.restore(
             step,
             args=ocp.args.Composite(
@@ -72,8 +77,6 @@ def restore(
                 training=ocp.args.StandardRestore(training),
             ),
         )
-    except Exception as error:  # orbax raises many types for damaged files
-        raise _damaged(checkpoints.directory, step, error) from error
     return _join(found["network"], found["training"])
 
 
@@ -99,11 +102,8 @@ def restore_network(directory: Path, step: int = -1) -> tuple[int, Network]:
             f"{directory} has no checkpoint of step {step}; it has "
             f"{', '.join(map(str, steps))}"
         )
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            found = checkpointer.restore(directory / str(step) / "network")
-    except Exception as error:
-        raise _damaged(directory, step, error) from error
+    with _reading(directory, step), ocp.StandardCheckpointer() as checkpointer:
+        found = checkpointer.restore(directory / str(step) / "network")
     found = jax.tree.map(np.asarray, found)
     # Without a target orbax leaves out what holds no array.
     params = found["params"]
@@ -150,9 +150,24 @@ def _join(network: PyTree, training: TrainState) -> TrainState:
     )
 
 
-def _damaged(directory: Any, step: int, error: Exception) -> UserError:
-    reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-    return UserError(
-        f"the checkpoint of step {step} in {directory} cannot be read ({reason}); "
-        f"move {Path(directory) / str(step)} away to go on from an older one"
-    )
+@contextmanager
+def _reading(directory: Any, step: int) -> Iterator[None]:
+    """Turns whatever a damaged checkpoint makes orbax raise into one UserError."""
+    hooks = threading.excepthook, sys.unraisablehook
+    # After the first failure orbax's reader threads and coroutines end in errors of
+    # their own, which would bury the one that counts.
+    threading.excepthook = sys.unraisablehook = lambda _: None
+    try:
+        yield
+    except Exception as error:  # of many types
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        found = UserError(
+            f"the checkpoint of step {step} in {directory} cannot be read ({reason}); "
+            f"move {Path(directory) / str(step)} away to go on from an older one"
+        )
+        error.__traceback__ = None  # it holds the coroutines, which end here
+        del error
+        gc.collect()
+        raise found from None
+    finally:
+        threading.excepthook, sys.unraisablehook = hooks

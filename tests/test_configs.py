@@ -20,7 +20,7 @@ FILES = sorted(run_cli.ROOT.glob("configs/*.py"))
 NAMES = [path.stem for path in FILES]
 PAPER = [name for name in NAMES if re.search("lenet5$|mlp$", name)]
 N_WEIGHTS = {"lenet5": 44_190, "mlp": 266_200}
-# paper.md 3.8 and 3.9: kernels' active weights of each network at its last step.
+# Kernels' active weights of each pruned network at its last step.
 N_ACTIVE = {"lenet5": 2_210, "mlp": 5_324}
 RULES = ("rigl_inverted", "rigl", "set")
 
@@ -196,6 +196,19 @@ def test_a_ticket_is_the_first_weights_under_the_last_masks(smoked, tmp_path):
     for masks_then in (start.masks, end.masks):
         for name, mask in masks_lib.named_leaves(masks_then).items():
             np.testing.assert_array_equal(mask, masks[name])
+
+
+def test_scratch_with_the_seed_of_the_pruning_run_is_no_ticket(smoked):
+    pruned, _ = smoked("prune_lenet5")
+    config = get_config("scratch_lenet5", "smoke")
+    config.sparsity.masks_from = str(pruned)
+    scratch = build(config, 0).make_network()
+    ticket = checkpoint.restore_network(pruned / "checkpoints", 0)[1]
+    weights = masks_lib.named_leaves(ticket.params)
+    for name, mask in masks_lib.named_leaves(scratch.masks).items():
+        if mask is not None:
+            fresh = np.asarray(masks_lib.named_leaves(scratch.params)[name])
+            assert not np.any(fresh[mask] == weights[name][mask])
 
 
 def test_fields_from_the_command_line(tmp_path):
