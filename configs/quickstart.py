@@ -17,10 +17,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.init = "per_neuron"
     config.sparsity.rule = "rigl"
     config.sparsity.sparsity = 0.9
-    config.sparsity.interval_steps = 50
-    config.sparsity.grow_examples = 400
-    config.train.total_steps = 1000
-    config.train.probe_examples = 500
+    config.sparsity.interval_steps = 100
+    config.sparsity.grow_examples = 300
+    config.train.total_steps = 800
+    config.train.probe_examples = 300
     config.train.log_every_steps = 50
     config.eval.every_steps = 100
     return finish(config, arg)
