@@ -15,7 +15,8 @@ Guarantees (whatever the inner optimizer and the dtype, for finite parameters):
   - After every `optax.apply_updates` an inactive weight is bit-exactly zero.
   - A rewire that conserves the budget conserves it exactly, layer by layer.
   - A newly grown weight starts at zero with its optimizer slots as at `init`; one
-    that is dropped and grown again at once keeps its value and its slots.
+    that is dropped and grown again at once keeps its value and its slots. (Factored
+    slots, as Adafactor's, have no entry for a single weight and stay.)
   - The inner optimizer's counters advance by one update at every step, also when a
     rewire replaces the gradient step.
 """
@@ -221,6 +222,8 @@ def _where_slots(inner, state, yes, no, condition: PyTree | None = None):
     def pick(where, y, n):
         if isinstance(where, bool):
             return y if where else n
+        if where.shape not in ((), n.shape):  # a factored slot has no single weights
+            return n
         return jnp.where(where, y.astype(n.dtype), n)
 
     return jax.tree.map(pick, flags, yes, no)

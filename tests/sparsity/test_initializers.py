@@ -180,9 +180,10 @@ def test_inactive_weights_are_exactly_zero_and_dead_units_give_no_nan(name, dtyp
     mask_tree = jax.tree.map(jnp.asarray, UNEVEN)
     mask_tree["dense"]["kernel"] = jnp.zeros((40, 300), bool)
     for fan in FANS:
-        new = initializers.INITIALIZERS[name](
-            jax.random.key(0), fresh_params(dtype), mask_tree, fan=fan
-        )
+        with jax.debug_nans(True), jax.debug_infs(True):  # on the way, too
+            new = initializers.INITIALIZERS[name](
+                jax.random.key(0), fresh_params(dtype), mask_tree, fan=fan
+            )
         for layer in ("conv", "dense"):
             kernel = np.asarray(new[layer]["kernel"])
             assert kernel.dtype == dtype

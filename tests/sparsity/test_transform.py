@@ -101,9 +101,6 @@ def test_rewire_network_equals_the_branch_inside_update():
     assert_same(outside, inside)
 
 
-# The growth gradient
-
-
 @pytest.mark.parametrize("timing", ["after", "instead"])
 def test_grow_grad_fn_runs_in_rewires_alone_and_decides_growth(timing):
     rule = rules.rigl(*TIMES, timing=timing)
@@ -140,9 +137,6 @@ def test_without_grow_grad_fn_the_rewire_sees_the_dense_gradient():
     _, rewired = step(update, 0, state, params, rewire=True)
     new = drop_grow(state.masks["a"], plain["a"], random_tree(100)["a"])
     np.testing.assert_array_equal(rewired.masks["a"], new)
-
-
-# The rule
 
 
 def test_the_rule_observes_every_dense_gradient_and_keeps_its_state():
@@ -234,6 +228,20 @@ def test_slots_that_are_not_of_the_shape_of_the_parameters(inner):
             assert not params["a"][~state.masks["a"]].any()
 
 
+@pytest.mark.parametrize("timing", ["after", "instead"])
+def test_parameters_that_were_not_masked_land_on_zero_at_the_first_step(timing):
+    _, _, state = start()
+    params = random_tree(0)
+    tx = sparsify(
+        MOMENTUM, state.masks, rules.rigl(*TIMES, timing=timing), key=jax.random.key(0)
+    )
+    update = jit(tx.update, static_argnames="rewire")
+    for rewire in (False, True):
+        new_params, new = step(update, 0, tx.init(params), params, rewire=rewire)
+        for name in "ab":
+            assert not new_params[name][~(new.masks[name] & state.masks[name])].any()
+
+
 # Compilation
 
 
@@ -274,9 +282,6 @@ def test_members_rewire_in_a_branch_if_their_step_is_not_batched(step_axis):
     assert ("cond" in outside) == (step_axis is None)
     assert bool(outside & loops) == (step_axis == 0)
     assert bool(inside & loops) == (step_axis is None)
-
-
-# Errors
 
 
 def test_masks_that_do_not_fit_raise_naming_the_layer():
