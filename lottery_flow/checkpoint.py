@@ -8,8 +8,7 @@ need. `training` is what only the same run can use: step, key, optimizer state.
 import gc
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,14 +68,13 @@ def restore(
       UserError: the checkpoint is damaged or of another model.
     """
     network, training = _split(like)
-    with _reading(checkpoints.directory, step):
-        found = checkpoints.restore(
-            step,
-            args=ocp.args.Composite(
-                network=ocp.args.StandardRestore(network),
-                training=ocp.args.StandardRestore(training),
-            ),
-        )
+    wanted = ocp.args.Composite(
+        network=ocp.args.StandardRestore(network),
+        training=ocp.args.StandardRestore(training),
+    )
+    found = _read(
+        checkpoints.directory, step, lambda: checkpoints.restore(step, args=wanted)
+    )
     return _join(found["network"], found["training"])
 
 
@@ -102,8 +100,9 @@ def restore_network(directory: Path, step: int = -1) -> tuple[int, Network]:
             f"{directory} has no checkpoint of step {step}; it has "
             f"{', '.join(map(str, steps))}"
         )
-    with _reading(directory, step), ocp.StandardCheckpointer() as checkpointer:
-        found = checkpointer.restore(directory / str(step) / "network")
+    with ocp.StandardCheckpointer() as checkpointer:
+        path = directory / str(step) / "network"
+        found = _read(directory, step, lambda: checkpointer.restore(path))
     found = jax.tree.map(np.asarray, found)
     # Without a target orbax leaves out what holds no array.
     params = found["params"]
@@ -150,24 +149,25 @@ def _join(network: PyTree, training: TrainState) -> TrainState:
     )
 
 
-@contextmanager
-def _reading(directory: Any, step: int) -> Iterator[None]:
-    """Turns whatever a damaged checkpoint makes orbax raise into one UserError."""
+def _read(directory: Any, step: int, read: Callable[[], Any]) -> Any:
+    """What `read` returns; whatever a damaged file makes it raise, as a UserError."""
     hooks = threading.excepthook, sys.unraisablehook
-    # After the first failure orbax's reader threads and coroutines end in errors of
+    # After its first failure orbax's reader threads and coroutines end in errors of
     # their own, which would bury the one that counts.
     threading.excepthook = sys.unraisablehook = lambda _: None
     try:
-        yield
-    except Exception as error:  # of many types
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        found = UserError(
-            f"the checkpoint of step {step} in {directory} cannot be read ({reason}); "
-            f"move {Path(directory) / str(step)} away to go on from an older one"
-        )
-        error.__traceback__ = None  # it holds the coroutines, which end here
-        del error
+        try:
+            return read()
+        except Exception as error:  # of many types
+            reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+            link: BaseException | None = error
+            while link is not None:  # tracebacks keep those coroutines alive
+                link.__traceback__ = None
+                link = link.__cause__ or link.__context__
         gc.collect()
-        raise found from None
     finally:
         threading.excepthook, sys.unraisablehook = hooks
+    raise UserError(
+        f"the checkpoint of step {step} in {directory} cannot be read ({reason}); "
+        f"move {Path(directory) / str(step)} away to go on from an older one"
+    )

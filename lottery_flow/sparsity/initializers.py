@@ -14,13 +14,13 @@ al. 2019, "Rethinking the value of network pruning" (layer scaled); He et al. 20
 Glorot & Bengio 2010 (dense). Kernels have layout (..., in, out).
 
 Every function takes `(key, params, masks)` and redraws the kernels; leaves with
-fewer than two dimensions (biases, norms) are returned as they came. A kernel
-without a mask is drawn as a full one.
+fewer than two dimensions (biases, norms) are returned as they came, masked or not. A
+kernel without a mask is drawn as a full one.
 
 Guarantees:
-  - Inactive weights are exactly zero.
+  - Inactive weights of kernels are exactly zero.
   - Biases and norm parameters keep their bits.
-  - For a full mask all three have the same distribution.
+  - For a full mask and equal options all three have the same distribution.
 """
 
 from collections.abc import Callable

@@ -185,7 +185,7 @@ def unpack(packed: PyTree, params: PyTree) -> Masks:
             return None
         return jnp.unpackbits(bits, count=leaf.size).reshape(leaf.shape).astype(bool)
 
-    return tree_map(restore, packed, params)
+    return jax.tree.map(restore, packed, params, is_leaf=_is_none)
 
 
 def check(masks: Masks, params: PyTree) -> None:
@@ -196,6 +196,13 @@ def check(masks: Masks, params: PyTree) -> None:
         raise ValueError(
             f"masks do not fit the parameters: {where} have no leaf {name}; "
             "take masks of the same model"
+        )
+    structure = jax.tree.structure
+    if structure(masks, is_leaf=_is_none) != structure(params):
+        raise ValueError(
+            "masks do not fit the parameters: the trees are nested differently "
+            f"({structure(masks, is_leaf=_is_none)} and {structure(params)}); take "
+            "masks of the same model"
         )
     for name, mask in given.items():
         if mask is None:

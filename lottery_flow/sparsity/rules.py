@@ -72,6 +72,9 @@ def drop_grow(
       grow_scores: the highest of all positions not kept are grown.
       fraction: of the active weights, from 0 to 1; n_drop is truncated.
 
+    An active weight of zero competes with active weights alone; in the reference code
+    an inactive one may take its place.
+
     Guarantees:
       - The result has exactly as many active weights as `mask`.
       - Ties are broken by the lower flat index, for dropping and for growing.
@@ -155,11 +158,19 @@ def gradual_pruning(
 
     Args:
       begin: first step that prunes.
-      end: step at which the final sparsity is reached.
+      end: step at which the final sparsity is reached, if the interval divides
+        end - begin; otherwise pruning ends short of it.
       interval: steps between two prunings.
       final_sparsity: by layer name; layers without a mask need none.
       initial_sparsity: of every layer, before `begin`.
     """
+    is_due = schedules.every(interval, begin, end)
+    for name, sparsity in final_sparsity.items():
+        if not 0.0 <= sparsity < 1.0:
+            raise ValueError(
+                f"final_sparsity of {name} is {sparsity}: give a fraction from 0 to "
+                "below 1"
+            )
     due_steps = np.arange(begin, end + 1, interval)
 
     def n_kept(name: str, size: int) -> np.ndarray:
@@ -186,7 +197,7 @@ def gradual_pruning(
         ]
         return jax.tree.unflatten(treedef, new), state
 
-    return Rule(is_due=schedules.every(interval, begin, end), propose=propose)
+    return Rule(is_due=is_due, propose=propose)
 
 
 def is_rewire(rule: Rule, n_updates: Any) -> Bool[Array, "..."]:

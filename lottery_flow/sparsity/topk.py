@@ -58,8 +58,9 @@ def _ordered_keys(scores: Float[Array, " n"]) -> UInt[Array, " n"]:
         scores = scores.astype(jnp.float32)  # exact, and order is preserved
     unsigned = jnp.uint64 if scores.dtype == jnp.float64 else jnp.uint32
     top = jnp.array(1 << (scores.dtype.itemsize * 8 - 1), unsigned)
-    scores = jnp.where(scores == 0, jnp.zeros_like(scores), scores)  # -0 is 0
     bits = lax.bitcast_convert_type(scores, unsigned)
+    # -0 is 0. On the bits, because CPUs may take denormals for zeros.
+    bits = jnp.where(bits == top, jnp.zeros_like(bits), bits)
     keys = jnp.where(bits >= top, ~bits, bits | top)
     return jnp.where(jnp.isnan(scores), jnp.ones_like(keys), keys)
 
@@ -70,7 +71,7 @@ def _kth_largest(keys: UInt[Array, " n"], k: Int[Array, ""]) -> UInt[Array, ""]:
     one = jnp.ones((), keys.dtype)
 
     def set_bit(i, threshold):
-        candidate = threshold | (one << (n_bits - 1 - i).astype(keys.dtype))
+        candidate = threshold | (one << jnp.asarray(n_bits - 1 - i, keys.dtype))
         reached = jnp.sum(keys >= candidate, dtype=jnp.int32)
         return jnp.where(reached >= k, candidate, threshold)
 
@@ -79,6 +80,8 @@ def _kth_largest(keys: UInt[Array, " n"], k: Int[Array, ""]) -> UInt[Array, ""]:
 
 def _first(flags: Bool[Array, " n"], k: Int[Array, ""]) -> Bool[Array, " n"]:
     """The first k True entries of `flags`."""
+    if not flags.size:
+        return flags
     n_rows = -(-flags.size // _ROW)
     rows = jnp.pad(flags, (0, n_rows * _ROW - flags.size)).reshape(n_rows, _ROW)
     counts = jnp.sum(rows, axis=1, dtype=jnp.int32)
