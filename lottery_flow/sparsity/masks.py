@@ -40,8 +40,7 @@ def layers(
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
     """Every leaf, None included, by layer name (`conv1`, but `conv1/bias`)."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
-    return {_layer_name(path): leaf for path, leaf in leaves}
+    return {k.removesuffix("/kernel"): leaf for k, leaf in _by_path(tree).items()}
 
 
 def tree_map(fn: Callable, masks: Masks, *trees: PyTree) -> PyTree:
@@ -190,26 +189,20 @@ def unpack(packed: PyTree, params: PyTree) -> Masks:
 
 def check(masks: Masks, params: PyTree) -> None:
     """Raises ValueError, naming the layer, unless the masks fit the parameters."""
-    wanted, given = named_leaves(params), named_leaves(masks)
+    wanted, given = _by_path(params), _by_path(masks)
     for name in sorted(wanted.keys() ^ given.keys()):
         where = "the masks" if name in wanted else "the parameters"
         raise ValueError(
             f"masks do not fit the parameters: {where} have no leaf {name}; "
             "take masks of the same model"
         )
-    structure = jax.tree.structure
-    if structure(masks, is_leaf=_is_none) != structure(params):
-        raise ValueError(
-            "masks do not fit the parameters: the trees are nested differently "
-            f"({structure(masks, is_leaf=_is_none)} and {structure(params)}); take "
-            "masks of the same model"
-        )
     for name, mask in given.items():
         if mask is None:
             continue
         if mask.shape != wanted[name].shape or mask.dtype != np.bool_:
+            layer = name.removesuffix("/kernel")
             raise ValueError(
-                f"masks do not fit the parameters: layer {name} has shape "
+                f"masks do not fit the parameters: layer {layer} has shape "
                 f"{wanted[name].shape}, its mask {mask.dtype} {mask.shape}; "
                 "take boolean masks of the same model"
             )
@@ -230,9 +223,17 @@ def _build(params, names, make):
     return jax.tree.unflatten(treedef, built)
 
 
+def _by_path(tree: PyTree) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
+    return {_path_name(path): leaf for path, leaf in leaves}
+
+
+def _path_name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def _layer_name(path) -> str:
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return name.removesuffix("/kernel")
+    return _path_name(path).removesuffix("/kernel")
 
 
 def _is_none(x) -> bool:
