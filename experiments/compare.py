@@ -72,13 +72,14 @@ def plot(rows: list[dict], path: Path) -> None:
         style = {"color": f"C{i % 10}", "lw": 1.3, "ls": "-" if i < 10 else "--"}
         # Step 0 has no place on a logarithmic axis.
         norms = [(r["step"], r["gradient_norm"]) for r in own if r["step"] > 0]
-        axes[0].plot(*zip(*norms, strict=True), label=f"{run}, seed {seed}", **style)
+        axes[0].plot(*zip(*norms, strict=True), **style)
         tested = [r for r in own if r["test_accuracy"] is not None]
         steps = [r["step"] for r in tested]
-        axes[1].plot(steps, [100 * r["test_accuracy"] for r in tested], **style)
+        accuracy = [100 * r["test_accuracy"] for r in tested]
+        axes[1].plot(steps, accuracy, label=f"{run}, seed {seed}", **style)
     axes[0].set(xscale="log", yscale="log", xlabel="step", ylabel="gradient norm")
     axes[1].set(xlabel="step", ylabel="test accuracy (%)", ylim=(90, 100))
-    axes[0].legend(fontsize=7)
+    axes[1].legend(fontsize=7, loc="lower right")
     fig.savefig(path, dpi=130)
     plt.close(fig)
 
