@@ -2,7 +2,8 @@
 
     python -m lottery_flow.main --config=configs/quickstart.py
 
-Needs no data but scikit-learn's own. About a minute on two CPU cores; 97 % test accuracy.
+Needs no data but scikit-learn's own. About a minute on two CPU cores; 97 % test
+accuracy.
 """
 
 from ml_collections import ConfigDict
