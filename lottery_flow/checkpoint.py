@@ -8,6 +8,7 @@ need. `training` is what only the same run can use: step, key, optimizer state.
 import gc
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,10 +152,10 @@ def _join(network: PyTree, training: TrainState) -> TrainState:
 
 def _read(directory: Any, step: int, read: Callable[[], Any]) -> Any:
     """What `read` returns; whatever a damaged file makes it raise, as a UserError."""
-    hooks = threading.excepthook, sys.unraisablehook
+    hooks = sys.excepthook, threading.excepthook, sys.unraisablehook
     # After its first failure orbax's reader threads and coroutines end in errors of
     # their own, which would bury the one that counts.
-    threading.excepthook = sys.unraisablehook = lambda _: None
+    sys.excepthook = threading.excepthook = sys.unraisablehook = lambda *_: None
     try:
         try:
             return read()
@@ -164,9 +165,10 @@ def _read(directory: Any, step: int, read: Callable[[], Any]) -> Any:
             while link is not None:  # tracebacks keep those coroutines alive
                 link.__traceback__ = None
                 link = link.__cause__ or link.__context__
+        time.sleep(0.5)  # the other readers are still running
         gc.collect()
     finally:
-        threading.excepthook, sys.unraisablehook = hooks
+        sys.excepthook, threading.excepthook, sys.unraisablehook = hooks
     raise UserError(
         f"the checkpoint of step {step} in {directory} cannot be read ({reason}); "
         f"move {Path(directory) / str(step)} away to go on from an older one"

@@ -115,7 +115,7 @@ def _unknown_field(argv: Sequence[str]) -> str | None:
 
 
 def _fail(message: object) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    sys.stderr.write(f"error: {message}\n")
     sys.exit(2)
 
 

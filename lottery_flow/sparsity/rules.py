@@ -166,10 +166,9 @@ def gradual_pruning(
     """
     is_due = schedules.every(interval, begin, end)
     for name, sparsity in final_sparsity.items():
-        if not 0.0 <= sparsity < 1.0:
+        if not 0.0 <= sparsity <= 1.0:
             raise ValueError(
-                f"final_sparsity of {name} is {sparsity}: give a fraction from 0 to "
-                "below 1"
+                f"final_sparsity of {name} is {sparsity}: give a fraction from 0 to 1"
             )
     due_steps = np.arange(begin, end + 1, interval)
 
