@@ -2,7 +2,7 @@
 
     python -m lottery_flow.main --config=configs/quickstart.py
 
-Needs no data but scikit-learn's own. About a minute on two CPU cores; 97 % test
+Needs no data but scikit-learn's own. A minute and a half of CPU time; 97 % test
 accuracy.
 """
 
