@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 from lottery_flow.sparsity import criteria, schedules
 from lottery_flow.sparsity import masks as masks_lib
@@ -59,31 +59,38 @@ class Rule(NamedTuple):
 
 
 def drop_grow(
-    mask: Bool[Array, "..."],
-    drop_scores: Float[Array, "..."],
-    grow_scores: Float[Array, "..."],
+    masks: PyTree[Bool[Array, "..."]],
+    drop_scores: PyTree[Float[Array, "..."]],
+    grow_scores: PyTree[Float[Array, "..."]],
     fraction: float | Float[Array, ""],
-) -> Bool[Array, "..."]:
-    """Drops a fraction of the active weights and grows as many.
+) -> PyTree[Bool[Array, "..."]]:
+    """Drops a fraction of the active weights of each layer and grows as many.
 
     Args:
-      mask: active weights of one layer.
+      masks: active weights, an array for each layer (or a single one).
       drop_scores: the lowest of the active ones are dropped.
       grow_scores: the highest of all positions not kept are grown.
-      fraction: of the active weights, from 0 to 1; n_drop is truncated.
+      fraction: of a layer's active weights, from 0 to 1; n_drop is truncated.
 
     An active weight of zero competes with active weights alone; in the reference code
     an inactive one may take its place.
 
-    Guarantees:
-      - The result has exactly as many active weights as `mask`.
+    Guarantees (for each layer):
+      - The result has exactly as many active weights as the mask.
       - Ties are broken by the lower flat index, for dropping and for growing.
     """
-    n_active = jnp.sum(mask, dtype=jnp.int32)
-    product = n_active.astype(jnp.float32) * jnp.asarray(fraction, jnp.float32)
-    n_drop = jnp.clip(jnp.floor(product).astype(jnp.int32), 0, n_active)
-    kept = topk_mask(drop_scores, n_active - n_drop, where=mask)
-    return kept | topk_mask(grow_scores, n_drop, where=~kept)
+
+    def count(mask):
+        n_active = jnp.sum(mask, dtype=jnp.int32)
+        product = n_active.astype(jnp.float32) * jnp.asarray(fraction, jnp.float32)
+        n_drop = jnp.clip(jnp.floor(product).astype(jnp.int32), 0, n_active)
+        return n_drop, n_active - n_drop
+
+    counts = jax.tree.map(count, masks)
+    n_drop, n_keep = jax.tree.transpose(jax.tree.structure(masks), None, counts)
+    kept = topk_mask(drop_scores, n_keep, where=masks)
+    grown = topk_mask(grow_scores, n_drop, where=jax.tree.map(jnp.logical_not, kept))
+    return jax.tree.map(jnp.logical_or, kept, grown)
 
 
 def static() -> Rule:
@@ -117,12 +124,12 @@ def drop_and_grow(
         leaves, treedef = jax.tree.flatten(masks)
         w_leaves = masks_lib.tree_leaves_at(masks, params)
         g_leaves = masks_lib.tree_leaves_at(masks, grads)
-        new = []
-        for i, (m, w, g) in enumerate(zip(leaves, w_leaves, g_leaves, strict=True)):
+        scores = []
+        for i, (w, g) in enumerate(zip(w_leaves, g_leaves, strict=True)):
             drop_key, grow_key = jax.random.split(jax.random.fold_in(key, i))
-            scores = drop(drop_key, w, g), grow(grow_key, w, g)
-            new.append(drop_grow(m, *scores, f))
-        return jax.tree.unflatten(treedef, new), state
+            scores.append((drop(drop_key, w, g), grow(grow_key, w, g)))
+        drops, grows = [d for d, _ in scores], [g for _, g in scores]
+        return treedef.unflatten(drop_grow(leaves, drops, grows, f)), state
 
     return Rule(is_due=is_due, propose=propose, timing=timing)
 
@@ -189,12 +196,10 @@ def gradual_pruning(
         names = [k for k, m in masks_lib.named_leaves(masks).items() if m is not None]
         leaves, treedef = jax.tree.flatten(masks)
         i = jnp.clip((step - begin) // interval, 0, len(due_steps) - 1)
-        weights = masks_lib.tree_leaves_at(masks, params)
-        new = [
-            topk_mask(jnp.abs(w), jnp.asarray(n_kept(name, m.size))[i], where=m)
-            for name, m, w in zip(names, leaves, weights, strict=True)
-        ]
-        return jax.tree.unflatten(treedef, new), state
+        scores = [jnp.abs(w) for w in masks_lib.tree_leaves_at(masks, params)]
+        sizes = zip(names, leaves, strict=True)
+        k = [jnp.asarray(n_kept(name, m.size))[i] for name, m in sizes]
+        return treedef.unflatten(topk_mask(scores, k, where=leaves)), state
 
     return Rule(is_due=is_due, propose=propose)
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lottery_flow.sparsity import topk
 from lottery_flow.sparsity.topk import topk_mask
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -17,6 +18,17 @@ VALUES = (0.0, -0.0, 1.0, -1.0, 1.5, -2.0, np.inf, -np.inf, np.nan, -np.nan, 3e-
 LARGEST = np.finfo(np.float32).max
 
 topk_jit = jax.jit(topk_mask)
+
+
+@jax.jit
+def topk_by_bisection(scores, k, where=None):
+    """What accelerators run, which no CPU would choose."""
+    with pytest.MonkeyPatch.context() as patch:  # while it is traced
+        patch.setattr(topk, "_radix", topk._bisection)
+        return topk_mask(scores, k, where)
+
+
+both_ways = pytest.mark.parametrize("select", [topk_jit, topk_by_bisection])
 
 
 def oracle(scores, k, where=None):
@@ -44,19 +56,21 @@ flags = st.lists(st.booleans(), min_size=SIZE, max_size=SIZE).map(
 )
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(data=st.data(), k=st.integers(-1, SIZE + 3))
-def test_equals_a_stable_sort(dtype, data, k):
+def test_equals_a_stable_sort(select, dtype, data, k):
     scores = data.draw(scores_of(dtype))
-    chosen = topk_jit(jnp.asarray(scores), jnp.int32(k))
+    chosen = select(jnp.asarray(scores), jnp.int32(k))
     np.testing.assert_array_equal(chosen, oracle(scores, k))
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(data=st.data(), where=flags, k=st.integers(-1, SIZE + 3))
-def test_equals_a_stable_sort_of_the_eligible(dtype, data, where, k):
+def test_equals_a_stable_sort_of_the_eligible(select, dtype, data, where, k):
     scores = data.draw(scores_of(dtype))
-    chosen = topk_jit(jnp.asarray(scores), jnp.int32(k), jnp.asarray(where))
+    chosen = select(jnp.asarray(scores), jnp.int32(k), jnp.asarray(where))
     np.testing.assert_array_equal(chosen, oracle(scores, k, where))
 
 
@@ -96,12 +110,13 @@ def test_denormals_keep_their_order(dtype):
         np.testing.assert_array_equal(topk_jit(scores, jnp.int32(k)), oracle(scores, k))
 
 
+@both_ways
 @pytest.mark.parametrize("k", [0, 1, 3, 5, 6, 9])
-def test_float64(k):
+def test_float64(select, k):
     scores = np.array([1.0, 1.0 + 1e-12, np.nan, -np.inf, 1.0 - 1e-12, 1.0])
     where = np.array([True, True, True, True, True, False])
     with jax.enable_x64(True):
-        chosen = topk_jit(jnp.asarray(scores), jnp.int32(k), jnp.asarray(where))
+        chosen = select(jnp.asarray(scores), jnp.int32(k), jnp.asarray(where))
     np.testing.assert_array_equal(chosen, oracle(scores, k, where))
 
 
@@ -116,17 +131,18 @@ def test_minus_zero_equals_zero():
     assert topk_jit(scores, 3).tolist() == [True, True, True, False, False]
 
 
+@both_ways
 @pytest.mark.parametrize(
     "shape", [(1,), (1023,), (1024,), (1025,), (3, 683), (2, 2, 520)]
 )
-def test_ties_across_rows_go_to_the_lower_flat_index(shape):
+def test_ties_across_rows_go_to_the_lower_flat_index(select, shape):
     size = int(np.prod(shape))
     rng = np.random.default_rng(size)
     scores = rng.integers(0, 2, shape).astype(np.float32)
     where = rng.random(shape) < 0.8
     n = int(where.sum())
     for k in sorted({0, 1, n // 3, n - 1, n, n + 1, size}):
-        chosen = topk_jit(scores, jnp.int32(k), where)
+        chosen = select(scores, jnp.int32(k), where)
         np.testing.assert_array_equal(chosen, oracle(scores, k, where))
 
 
@@ -153,6 +169,39 @@ def test_k_may_be_traced_under_jit_and_vmap():
     chosen = jax.jit(jax.vmap(topk_mask))(scores, ks, where)
     expected = [oracle(s, k, w) for s, k, w in zip(scores, ks, where, strict=True)]
     np.testing.assert_array_equal(chosen, expected)
+
+
+LAYERS = {"a": (5, 5, 1, 6), "b": (0, 3), "c": (70, 31), "d": (), "e": (1024,)}
+
+
+@both_ways
+@pytest.mark.parametrize("group", [1, 2000, 1 << 22])
+def test_the_arrays_of_a_tree_are_selected_each_on_its_own(select, group, monkeypatch):
+    monkeypatch.setattr(topk, "_GROUP", group)
+    rng = np.random.default_rng(group)
+    draw = rng.standard_normal
+    scores = {k: np.asarray(draw(v), np.float32) for k, v in LAYERS.items()}
+    scores["c"] = np.round(scores["c"])  # ties, several rows of them
+    scores["e"] = scores["e"].astype(jnp.bfloat16)
+    for fraction in (0.0, 0.3, 1.0):
+        ks = {k: np.int32(fraction * v.size) for k, v in scores.items()}
+        where = {k: np.asarray(rng.random(v.shape) < 0.7) for k, v in scores.items()}
+        jax.clear_caches()  # the group size is read while tracing
+        chosen = select(scores, ks, where)
+        for name, mask in chosen.items():
+            expected = oracle(scores[name], ks[name], where[name])
+            np.testing.assert_array_equal(mask, expected, err_msg=name)
+
+
+def test_no_array_at_all():
+    assert topk_mask([], []) == []
+
+
+def test_the_program_has_no_sort():
+    text = topk_jit.lower(jnp.zeros((300, 20)), 7).compile().as_text()
+    assert "scatter" in text
+    assert " sort(" not in text
+    assert "TopK" not in text
 
 
 def test_runs_without_jit():

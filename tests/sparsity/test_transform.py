@@ -256,8 +256,10 @@ def primitives(jaxpr, *, inside_cond):
     """Names of all primitives, nested ones too, outside of conds or inside."""
     names = []
     for eqn in jaxpr.eqns:
-        is_cond = eqn.primitive.name == "cond"
-        names += [] if inside_cond else [eqn.primitive.name]
+        # A choice of platform is no branch: one of them is compiled.
+        is_platform = eqn.params.get("branches_platforms") is not None
+        is_cond = eqn.primitive.name == "cond" and not is_platform
+        names += [] if inside_cond or is_platform else [eqn.primitive.name]
         for sub in jax.extend.core.jaxprs_in_params(eqn.params):
             if not is_cond:
                 names += primitives(sub, inside_cond=inside_cond)
