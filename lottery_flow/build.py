@@ -9,12 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from lottery_flow import check, checkpoint, data, models
 from lottery_flow.errors import UserError
 from lottery_flow.job import Job
+from lottery_flow.members import OWN
 from lottery_flow.sparsity import distributions, initializers, rules, schedules
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.sparsity.rules import Rule
@@ -35,22 +37,33 @@ def build(config: ConfigDict, seed: int) -> Job:
     model = _model(config, spec)
     key = jax.random.key(seed)
     shapes = jax.eval_shape(model.init, key)["params"]
-    learning_rate = _learning_rate(config)
-    fraction = _drop_fraction(config, learning_rate)
+    decay = _decay(config)
+    fade = _fade(config, decay)
     n_active = _n_active(config, shapes)
-    rule = _rule(config, shapes, n_active, fraction)
-    inner = _optimizer(config, learning_rate)
-    rewire_key = jax.random.fold_in(key, _REWIRE)
+    knobs = {"learning_rate": config.optim.learning_rate}
+    if fade is not None:
+        knobs["drop_fraction"] = config.sparsity.drop_fraction
+
+    def make_tx(masks, key, knobs):
+        inner = _optimizer(config, _scaled(decay, knobs["learning_rate"]))
+        fraction = _scaled(fade, knobs.get("drop_fraction"))
+        return sparsify(inner, masks, _rule(config, shapes, fraction), key=key)
+
+    fraction = _scaled(fade, knobs.get("drop_fraction"))
     return Job(
         seed=seed,
+        setting={k: v for k, v in flat_fields(config).items() if k not in OWN},
+        data_seed=seed if config.data.order_seed < 0 else config.data.order_seed,
         model=model,
         spec=spec,
         load_data=lambda: data.DATASETS[config.data.name].load(config.data.dir),
-        rule=rule,
-        make_tx=lambda masks: sparsify(inner, masks, rule, key=rewire_key),
-        make_network=lambda: _network(config, model, key, n_active),
+        rule=_rule(config, shapes, fraction),
+        make_tx=make_tx,
+        knobs={k: np.float32(v) for k, v in knobs.items()},
+        make_network=lambda: _network(config, model, seed, n_active),
+        rewire_key=jax.random.fold_in(key, _REWIRE),
         step_key=jax.random.fold_in(key, _STEP),
-        learning_rate=learning_rate,
+        learning_rate=_scaled(decay, config.optim.learning_rate),
         drop_fraction=fraction,
         total_steps=config.train.total_steps,
         batch_size=config.train.batch_size,
@@ -61,6 +74,9 @@ def build(config: ConfigDict, seed: int) -> Job:
         keep_checkpoints=config.train.keep_checkpoints,
         eval_every=config.eval.every_steps,
         eval_batch_size=config.eval.batch_size,
+        lowering=config.train.population,
+        member_devices=config.train.member_devices,
+        chunk_steps=config.train.chunk_steps,
     )
 
 
@@ -92,17 +108,23 @@ def _model(config, spec):
     return models.create(config.model.name, spec.image_shape, spec.n_classes, **options)
 
 
-def _learning_rate(config) -> optax.Schedule:
-    peak, warmup = config.optim.learning_rate, config.optim.warmup_steps
+def _decay(config) -> optax.Schedule:
+    """The learning rate over its peak."""
+    warmup = config.optim.warmup_steps
     if config.optim.schedule == "constant":
-        after = optax.constant_schedule(peak)
+        after = optax.constant_schedule(1.0)
     else:
-        after = optax.cosine_decay_schedule(peak, config.train.total_steps - warmup)
+        after = optax.cosine_decay_schedule(1.0, config.train.total_steps - warmup)
     if not warmup:
         return after
     return optax.join_schedules(
-        [optax.linear_schedule(0.0, peak, warmup), after], [warmup]
+        [optax.linear_schedule(0.0, 1.0, warmup), after], [warmup]
     )
+
+
+def _scaled(schedule: optax.Schedule | None, factor: Any) -> optax.Schedule | None:
+    """The schedule times a number, which may differ between members."""
+    return None if schedule is None else lambda step: factor * schedule(step)
 
 
 def _optimizer(config, learning_rate) -> optax.GradientTransformation:
@@ -123,22 +145,23 @@ def _optimizer(config, learning_rate) -> optax.GradientTransformation:
     return optax.chain(*chains[optim.name])
 
 
-def _drop_fraction(config, learning_rate) -> optax.Schedule | None:
+def _fade(config, decay: optax.Schedule) -> optax.Schedule | None:
+    """The drop fraction over its first value; None where nothing is dropped."""
     sparsity = config.sparsity
     if sparsity.rule in ("static", "gradual_pruning"):
         return None
     if sparsity.drop_schedule == "constant":
-        return schedules.constant(sparsity.drop_fraction)
+        return schedules.constant(1.0)
     if sparsity.drop_schedule == "cosine":
         end = config.train.total_steps if sparsity.end_steps < 0 else sparsity.end_steps
-        return schedules.cosine(sparsity.drop_fraction, max(end, 1))
+        return schedules.cosine(1.0, max(end, 1))
     if config.optim.warmup_steps:
         raise UserError(
             "sparsity.drop_schedule='learning_rate' divides by the first learning "
             f"rate, which optim.warmup_steps={config.optim.warmup_steps} makes zero; "
             "take cosine"
         )
-    return schedules.follow_learning_rate(sparsity.drop_fraction, learning_rate)
+    return schedules.follow_learning_rate(1.0, decay)
 
 
 def _n_active(config, shapes) -> dict[str, int]:
@@ -177,7 +200,7 @@ def _own(config) -> dict[str, Any]:
     }
 
 
-def _rule(config, shapes, n_active, fraction) -> Rule:
+def _rule(config, shapes, fraction) -> Rule:
     sparsity = config.sparsity
     if sparsity.rule == "static":
         return rules.static()
@@ -194,19 +217,19 @@ def _rule(config, shapes, n_active, fraction) -> Rule:
     return make[sparsity.rule](due, fraction, timing=sparsity.timing)
 
 
-def _network(config, model, key, n_active) -> checkpoint.Network:
-    sparsity = config.sparsity
+def _network(config, model, seed: int, n_active) -> checkpoint.Network:
+    sparsity, key = config.sparsity, jax.random.key(seed)
     shapes = jax.eval_shape(model.init, key)
     source_masks = source = None
     if sparsity.masks_from:
-        source_masks = _source(config, "masks", shapes["params"]).masks
+        source_masks = _source(config, "masks", seed, shapes["params"]).masks
         if not jax.tree.leaves(source_masks):
             raise UserError(
                 f"sparsity.masks_from={sparsity.masks_from!r} is a dense network "
                 "without masks; give a sparse run, or leave it empty"
             )
     if sparsity.weights_from:
-        source = _source(config, "weights", shapes["params"])
+        source = _source(config, "weights", seed, shapes["params"])
     options = {
         "fan": config.model.init_fan,
         "distribution": config.model.init_distribution,
@@ -245,9 +268,9 @@ def _network(config, model, key, n_active) -> checkpoint.Network:
     return checkpoint.Network(*draw(key))
 
 
-def _source(config, what: str, params) -> checkpoint.Network:
+def _source(config, what: str, seed: int, params) -> checkpoint.Network:
     """The network that `masks` or `weights` come from, of the shapes of `params`."""
-    directory = config.sparsity[f"{what}_from"]
+    directory = config.sparsity[f"{what}_from"].replace("{seed}", str(seed))
     step = config.sparsity[f"{what}_step"]
     field = f"sparsity.{what}_from={directory!r}"
     try:

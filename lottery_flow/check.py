@@ -10,26 +10,13 @@ from collections.abc import Collection
 import numpy as np
 from ml_collections import ConfigDict
 
-from lottery_flow import data, models
+from lottery_flow import data, models, population
 from lottery_flow.errors import UserError
 from lottery_flow.sparsity import distributions, initializers
 
 RULES = ("static", "set", "rigl", "rigl_inverted", "gradual_pruning")
 OPTIMIZERS = ("keras_momentum", "momentum", "adam", "adamw")
 DROP_SCHEDULES = ("learning_rate", "cosine", "constant")
-
-
-def seeds(config: ConfigDict) -> tuple[int, ...]:
-    """The seeds to train, one run each."""
-    found = tuple(config.train.seeds)
-    if not found or len(set(found)) != len(found):
-        raise UserError(f"train.seeds={found}: give one or more seeds, each once")
-    for seed in found:
-        if not isinstance(seed, int) or not 0 <= seed < 2**32:
-            raise UserError(
-                f"train.seeds={found}: give whole numbers from 0 to 2^32 - 1"
-            )
-    return found
 
 
 def fields(config: ConfigDict) -> None:
@@ -66,7 +53,10 @@ def fields(config: ConfigDict) -> None:
         _at_least(f"train.{field}", train[field], 1)
     for field in ("log_every_steps", "checkpoint_every_steps"):
         _at_least(f"train.{field}", train[field], 1)
-    _at_least("train.keep_checkpoints", train.keep_checkpoints, 0)
+    for field in ("keep_checkpoints", "member_devices", "chunk_steps"):
+        _at_least(f"train.{field}", train[field], 0)
+    _known("train.population", train.population, population.LOWERINGS)
+    _at_least("data.order_seed", config.data.order_seed, -1)
     _at_least("optim.warmup_steps", config.optim.warmup_steps, 0)
     _at_least("eval.every_steps", config.eval.every_steps, 0)
     _at_least("eval.batch_size", config.eval.batch_size, 1)

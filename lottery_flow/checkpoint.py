@@ -49,10 +49,19 @@ def manager(directory: Path, keep: int = 0) -> ocp.CheckpointManager:
 
 
 def save(checkpoints: ocp.CheckpointManager, state: TrainState) -> None:
-    """Writes the state in the background; the arrays may be donated at once."""
+    """Writes the state in the background; the arrays may be donated at once.
+
+    A checkpoint of that step that is there already is replaced, but for that of step
+    0, from which tickets may have been taken.
+    """
+    step = int(state.step)
+    if step in checkpoints.all_steps():
+        if step == 0:
+            return
+        checkpoints.delete(step)
     network, training = _split(state)
     checkpoints.save(
-        int(state.step),
+        step,
         args=ocp.args.Composite(
             network=ocp.args.StandardSave(network),
             training=ocp.args.StandardSave(training),

@@ -38,6 +38,9 @@ def default() -> ConfigDict:
                 # mnist, fashion_mnist, cifar10, cifar100.
                 "name": "digits",
                 "dir": "",  # of TFDS; '' is TFDS_DATA_DIR or its own default
+                # Seed of the order of the examples; -1 is the run's own. One order
+                # for several members lets them share the work on their batches.
+                "order_seed": -1,
             },
             "optim": {
                 # keras_momentum: v = m v - lr g, w += v, the paper's on MNIST;
@@ -62,7 +65,8 @@ def default() -> ConfigDict:
                 "dense_layers": "",  # kept dense: 'conv1,fc3'
                 "layer_sparsity": "",  # of single layers: 'fc3=0.5'
                 # An earlier run (its seed_N directory) to take masks from, instead
-                # of random ones, and weights; -1 is its last step.
+                # of random ones, and weights; {seed} in it stands for the run's own
+                # seed, and step -1 for the last one.
                 "masks_from": "",
                 "masks_step": -1,
                 "shuffle_masks": False,  # permute each layer's mask
@@ -82,7 +86,16 @@ def default() -> ConfigDict:
                 "grow_examples": 1000,
             },
             "train": {
-                "seeds": (0,),  # trained one after another, a directory each
+                "seeds": (0,),  # trained together, each in a directory of its own
+                # Fields that differ between members, for every seed:
+                # 'model.init=masked_dense|per_neuron; optim.learning_rate=0.1|0.2'.
+                "vary": "",
+                # How members are trained, see population.py: one_by_one, together;
+                # auto chooses by the backend. Devices to spread them over, and steps
+                # that one program takes at most; 0 chooses.
+                "population": "auto",
+                "member_devices": 0,
+                "chunk_steps": 0,
                 "total_steps": 1000,
                 "batch_size": 128,
                 # The first training images, on which gradient flow is measured.

@@ -1,25 +1,32 @@
 """Whole-split evaluation: exact means, whatever the batch size."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import Any
 
-from lottery_flow.state import TrainState
+from lottery_flow.population import Population
 from lottery_flow.steps import Batch
 
 
 def evaluate(
-    evaluate_step: Callable, state: TrainState, batches: Iterable[Batch]
-) -> dict[str, float]:
-    """Mean loss (nats) and accuracy (fraction) over all examples of the batches.
+    population: Population, state: Any, batches: Iterable[Batch]
+) -> list[dict[str, float]]:
+    """Mean loss (nats) and accuracy (fraction) over all examples, for each member.
 
     Args:
-      evaluate_step: `Steps.evaluate`; returns weighted sums.
-      state: the network.
+      population: see there; its `evaluate` returns weighted sums.
+      state: of the population.
       batches: of one shape, the last one padded with examples of weight 0.
     """
     # Dispatch all batches before the first read, and add on the host in float64.
-    sums = [evaluate_step(state, batch) for batch in batches]
-    total = {k: sum(float(s[k]) for s in sums) for k in ("loss", "hits", "weight")}
-    return {
-        "test_loss": total["loss"] / total["weight"],
-        "test_accuracy": total["hits"] / total["weight"],
-    }
+    dispatched = [population.evaluate(state, batch) for batch in batches]
+    by_batch = [population.split(sums) for sums in dispatched]
+    means = []
+    for sums in zip(*by_batch, strict=True):
+        total = {k: sum(float(s[k]) for s in sums) for k in ("loss", "hits", "weight")}
+        means.append(
+            {
+                "test_loss": total["loss"] / total["weight"],
+                "test_accuracy": total["hits"] / total["weight"],
+            }
+        )
+    return means

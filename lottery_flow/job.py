@@ -1,4 +1,8 @@
-"""A run as plain values: what `build` makes of a configuration and `train` trains."""
+"""A run as plain values: what `build` makes of a configuration and `train` trains.
+
+Jobs that differ in nothing but their members' own fields (`seed`, `data_seed`,
+`make_network`, the keys and the knobs) can be trained together, as a population.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,13 +18,18 @@ class Job(NamedTuple):
 
     Attributes:
       seed: of the run.
+      setting: what all members of a population share, as comparable values.
+      data_seed: of the order of the training examples.
       model: see `models.Model`.
       spec: of the data set.
       load_data: reads it.
       rule: how the topology changes.
-      make_tx: `(masks) -> optax transformation`.
+      make_tx: `(masks, key, knobs) -> optax transformation`; may be traced.
+      knobs: float32 scalars that members may differ in, {} of `learning_rate` (the
+        peak) and `drop_fraction` (the first).
       make_network: `() -> checkpoint.Network`, the network before the first step;
         reads the run that masks or weights come from.
+      rewire_key: typed key of the rule.
       step_key: typed key of the train state.
       learning_rate: step -> rate.
       drop_fraction: step -> fraction, None where nothing is dropped.
@@ -28,12 +37,16 @@ class Job(NamedTuple):
     """
 
     seed: int
+    setting: Any
+    data_seed: int
     model: models.Model
     spec: data.Spec
     load_data: Callable[[], data.Arrays]
     rule: Rule
     make_tx: Callable
+    knobs: dict[str, Any]
     make_network: Callable
+    rewire_key: Any
     step_key: Any
     learning_rate: optax.Schedule
     drop_fraction: optax.Schedule | None
@@ -46,3 +59,6 @@ class Job(NamedTuple):
     keep_checkpoints: int
     eval_every: int
     eval_batch_size: int
+    lowering: str
+    member_devices: int
+    chunk_steps: int

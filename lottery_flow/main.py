@@ -8,13 +8,13 @@ from typing import NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from lottery_flow import check, report, runs
 from lottery_flow import config as config_lib
+from lottery_flow import members, report, runs
 from lottery_flow.build import build, flat_fields
 from lottery_flow.errors import UserError
-from lottery_flow.train import train
+from lottery_flow.train import Run, train
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, with an argument after a colon if it has one."
@@ -27,22 +27,24 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"unknown argument {argv[1]!r}; flags begin with --")
     config = _load_config()
-    fields = flat_fields(config)
-    default = flat_fields(config_lib.default())
-    # Everything is checked for all seeds before the first is trained.
-    jobs = [build(config, seed) for seed in check.seeds(config)]
-    started = []
-    for job in jobs:
-        paths = runs.run_paths(_WORKDIR.value, fields, default, job.seed)
-        record = {"seed": job.seed, **fields}
-        runs.check(paths, record)
-        started.append((job, paths, record))
-    for job, paths, record in started:
-        if paths.done.exists():
-            print(f"{paths.root} is finished; nothing to do.")
-        else:
-            run(config, job, paths, record)
-        print(paths.summary.read_text())
+    # Everything is checked for all members before the first is trained.
+    started = [(own, _run(own, seed)) for own, seed in members.members(config)]
+    unfinished = [(own, run) for own, run in started if not run.paths.done.exists()]
+    if unfinished:
+        train_all(unfinished)
+    for own, run in started:
+        if (own, run) not in unfinished:
+            print(f"{run.paths.root} is finished; nothing to do.")
+        print(run.paths.summary.read_text())
+
+
+def _run(config, seed: int) -> Run:
+    fields, default = flat_fields(config), flat_fields(config_lib.default())
+    job = build(config, seed)
+    paths = runs.run_paths(_WORKDIR.value, fields, default, seed)
+    record = {"seed": seed, **fields}
+    runs.check(paths, record)
+    return Run(job, paths, record)
 
 
 def _load_config():
@@ -57,15 +59,19 @@ def _load_config():
     return config
 
 
-def run(config, job, paths: runs.RunPaths, record: runs.Fields) -> None:
-    """Trains one job, then writes its summary, its figure and, last, DONE."""
-    _LOG.info("run directory %s", paths.root)
-    result = train(job, paths, record, tensorboard=config.train.tensorboard)
-    text = report.summary(config.name, job.model, result.state, result.rows)
-    runs.write_atomically(paths.summary, text)
-    if config.train.figure:
-        report.figure(paths.figure, f"{config.name}, seed {job.seed}", result.rows)
-    runs.write_atomically(paths.done, json.dumps(result.rows[-1], indent=2) + "\n")
+def train_all(started: list[tuple[ConfigDict, Run]]) -> None:
+    """Trains the runs, then writes their summaries, figures and, last, DONE."""
+    for _, run in started:
+        _LOG.info("run directory %s", run.paths.root)
+    tensorboard = started[0][0].train.tensorboard
+    results = train([run for _, run in started], tensorboard=tensorboard)
+    for (config, run), result in zip(started, results, strict=True):
+        job, paths, rows = run.job, run.paths, result.rows
+        text = report.summary(config.name, job.model, result.state, rows)
+        runs.write_atomically(paths.summary, text)
+        if config.train.figure:
+            report.figure(paths.figure, f"{config.name}, seed {job.seed}", rows)
+        runs.write_atomically(paths.done, json.dumps(rows[-1], indent=2) + "\n")
 
 
 def cli() -> None:

@@ -1,6 +1,7 @@
 """Progress of long work: one live line on a terminal, plain log lines elsewhere."""
 
 import logging
+import statistics
 import sys
 import time
 
@@ -50,9 +51,9 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, rate=self._rate())
 
-    def report(self, row: dict) -> None:
-        """Shows a row of metrics."""
-        text = _describe(row)
+    def report(self, rows: list[dict]) -> None:
+        """Shows a row of metrics, or the means over those of all members."""
+        text = _describe(rows)
         if self._bar is not None:
             self._bar.update(self._task, description=text)
             return
@@ -60,7 +61,7 @@ class Progress:
         left = (self._total - self._step) / rate if rate else float("nan")
         _LOG.info(
             "step %d/%d  %s  %.0f steps/s  %s left",
-            row["step"],
+            rows[0]["step"],
             self._total,
             text,
             rate,
@@ -72,15 +73,19 @@ class Progress:
         return (self._step - self._start) / seconds if seconds > 0 else 0.0
 
 
-def _describe(row: dict) -> str:
+def _describe(rows: list[dict]) -> str:
     shown = {
         "loss": "probe_loss",
         "gradient": "gradient_norm",
         "density": "density",
         "test": "test_accuracy",
     }
-    parts = [f"{k} {row[v]:.4g}" for k, v in shown.items() if row.get(v) is not None]
-    return "  ".join(parts)
+    parts = [
+        f"{k} {statistics.fmean(row[v] for row in rows):.4g}"
+        for k, v in shown.items()
+        if rows[0].get(v) is not None
+    ]
+    return "  ".join(parts + [f"(mean of {len(rows)})"] * (len(rows) > 1))
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,6 @@
-"""The jit-compiled steps: train, rewire, probe, evaluate.
+"""The steps of one member of a population, as pure functions.
+
+`population` compiles them for one network, or for many at once.
 
 Gradient flow is the L2 norm of the gradient of the mean cross-entropy over all
 active parameters, without weight decay, on a fixed *probe* batch: the first training
@@ -12,23 +14,28 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.state import TrainState
 
-Batch = dict[str, Any]  # image uint8 [b h w c], label int32 [b], weight float32 [b]
+# image uint8 [b h w c], label int32 [b]; to evaluate on also weight float32 [b]. A
+# whole training split, of which a step takes some examples, looks the same.
+Batch = dict[str, Any]
+Knobs = dict[str, Any]  # see `Job.knobs`
 
 
 class Steps(NamedTuple):
-    """Compiled functions of one run; `train` and `rewire` consume their state.
+    """What is done to one network.
 
     Attributes:
-      train: `(state, batch) -> (state, metrics)`, an update without a rewire.
-      rewire: `(state, batch, probe, grow) -> (state, metrics)`, an update with one,
-        which also measures the gradient norm just before and just after; `grow` is
-        the batch that growth scores are taken on, None for the training batch.
-      probe: `(state, batch) -> metrics`: loss, accuracy and gradient norm.
+      train: `(state, knobs, data, indices) -> (state, metrics)`, an update without a
+        rewire, on the examples of `data` that `indices` int32 [b] names.
+      rewire: `(state, knobs, data, indices, grow) -> (state, metrics)`, an update with
+        one; `grow` is the batch that growth scores are taken on, None for the batch
+        of the step.
+      probe: `(state, batch) -> metrics`: loss, accuracy, gradient norm, and the active
+        weights of each masked layer.
       evaluate: `(state, batch) -> sums` of loss, hits and weights.
     """
 
@@ -38,10 +45,9 @@ class Steps(NamedTuple):
     evaluate: Callable
 
 
-def compile_steps(
+def make_steps(
     apply_fn: Callable,
-    tx: optax.GradientTransformationExtraArgs,
-    timing: str,
+    make_tx: Callable,
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Steps:
@@ -49,8 +55,7 @@ def compile_steps(
 
     Args:
       apply_fn: `Model.apply`.
-      tx: from `sparsify`.
-      timing: of its rule; says what the network was just before a rewire.
+      make_tx: `Job.make_tx`.
       mean: of each channel, as a fraction of 255, subtracted from the images.
       std: of each channel, likewise; the images are divided by it.
     """
@@ -63,57 +68,39 @@ def compile_steps(
         accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
         return loss, (batch_stats, accuracy)
 
-    def gradients(params, batch_stats, batch, key):
+    def gradients(state: TrainState, params, batch):
+        key = jax.random.fold_in(state.key, state.step)
         return jax.value_and_grad(loss_fn, has_aux=True)(
-            params, batch_stats, batch, key
+            params, state.batch_stats, batch, key
         )
 
-    def step_key(state: TrainState):
-        return jax.random.fold_in(state.key, state.step)
-
-    def gradient_norm(params, masks, state, probe):
-        _, grads = gradients(params, state.batch_stats, probe, step_key(state))
-        return optax.tree.norm(masks_lib.apply(masks, grads))
-
-    def advance(state: TrainState, batch: Batch, **options):
-        (loss, (batch_stats, accuracy)), grads = gradients(
-            state.params, state.batch_stats, batch, step_key(state)
-        )
+    def advance(state: TrainState, knobs: Knobs, batch: Batch, **options):
+        tx = make_tx(state.masks, state.opt_state.key, knobs)
+        (loss, (batch_stats, accuracy)), grads = gradients(state, state.params, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, **options)
         params = optax.apply_updates(state.params, updates)
         new = TrainState(state.step + 1, params, batch_stats, opt_state, state.key)
         return new, {"loss": loss, "accuracy": accuracy}
 
-    def train(state: TrainState, batch: Batch):
-        return advance(state, batch, rewire=False)
+    def train(state: TrainState, knobs: Knobs, data: Batch, indices):
+        return advance(state, knobs, take(data, indices), rewire=False)
 
-    def rewire(state: TrainState, batch: Batch, probe: Batch, grow: Batch | None):
+    def rewire(state: TrainState, knobs, data: Batch, indices, grow: Batch | None):
         def grow_grad_fn(params):
-            return gradients(params, state.batch_stats, grow, step_key(state))[1]
+            return gradients(state, params, grow)[1]
 
-        # Timing 'instead' drops the gradient step: nothing moves before the rewire.
-        stepped, _ = advance(state, batch, rewire=False)
-        before = state if timing == "instead" else stepped
-        after, metrics = advance(
-            state,
-            batch,
-            rewire=True,
-            grow_grad_fn=None if grow is None else grow_grad_fn,
-        )
-        metrics["gradient_norm_before"] = gradient_norm(
-            before.params, before.masks, state, probe
-        )
-        metrics["gradient_norm_after"] = gradient_norm(
-            after.params, after.masks, state, probe
-        )
-        return after, metrics
+        grow_options = {} if grow is None else {"grow_grad_fn": grow_grad_fn}
+        return advance(state, knobs, take(data, indices), rewire=True, **grow_options)
 
     def probe(state: TrainState, batch: Batch):
-        (loss, (_, accuracy)), grads = gradients(
-            state.params, state.batch_stats, batch, step_key(state)
-        )
+        (loss, (_, accuracy)), grads = gradients(state, state.params, batch)
         norm = optax.tree.norm(masks_lib.apply(state.masks, grads))
-        return {"probe_loss": loss, "probe_accuracy": accuracy, "gradient_norm": norm}
+        return {
+            "probe_loss": loss,
+            "probe_accuracy": accuracy,
+            "gradient_norm": norm,
+            "n_active": masks_lib.count(state.masks),
+        }
 
     def evaluate(state: TrainState, batch: Batch):
         images = normalize(batch["image"], mean, std)
@@ -127,12 +114,12 @@ def compile_steps(
             "weight": jnp.sum(weight),
         }
 
-    return Steps(
-        train=jax.jit(train, donate_argnums=0),
-        rewire=jax.jit(rewire, donate_argnums=0),
-        probe=jax.jit(probe),
-        evaluate=jax.jit(evaluate),
-    )
+    return Steps(train, rewire, probe, evaluate)
+
+
+def take(data: Batch, indices: Int[Array, " b"]) -> Batch:
+    """The batch of some examples."""
+    return {k: jnp.take(v, indices, axis=0, mode="clip") for k, v in data.items()}
 
 
 def normalize(

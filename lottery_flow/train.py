@@ -1,13 +1,15 @@
-"""The host loop of one run: restore, step, log, evaluate, save.
+"""The host loop: restore, step, log, evaluate, save; for one run or a population.
 
 Killed at any instant and started again, a run ends with the same bits as one that
 was never interrupted: batches, keys and the choice of the program are functions of
 the step, a row of metrics is on the disk before the checkpoint that follows it, and
-rows after the restored checkpoint are forgotten.
+rows after the restored checkpoint are forgotten. The members of a population are
+runs of their own, each with its directory, rows and checkpoints.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,17 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lottery_flow import checkpoint, data, metrics, runs
+from lottery_flow import checkpoint, metrics, population, runs
 from lottery_flow.data import arrays
 from lottery_flow.evaluate import evaluate
 from lottery_flow.job import Job
 from lottery_flow.metrics import Row, check_finite
+from lottery_flow.population import Population
 from lottery_flow.progress import Progress
 from lottery_flow.runs import Fields, RunPaths
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.sparsity.rules import is_rewire
 from lottery_flow.state import TrainState, create
-from lottery_flow.steps import Steps, compile_steps
+from lottery_flow.steps import Batch, make_steps
 
 _LOG = logging.getLogger(__name__)
 
@@ -37,156 +40,326 @@ class Result(NamedTuple):
     rows: list[Row]
 
 
-def train(
-    job: Job, paths: RunPaths, record: Fields, *, tensorboard: bool = False
-) -> Result:
-    """Trains until `job.total_steps`, going on from the newest checkpoint.
+class Run(NamedTuple):
+    """One run, or one member of a population.
 
-    Args:
+    Attributes:
       job: what to train.
       paths: where it is kept; made once the data and the network are there.
       record: the contents of config.json.
+    """
+
+    job: Job
+    paths: RunPaths
+    record: Fields
+
+
+def train(started: Sequence[Run], *, tensorboard: bool = False) -> list[Result]:
+    """Trains until `total_steps`, going on from the newest checkpoints.
+
+    Members that stand at (about) the same step are trained together; where a crash
+    left their newest checkpoints one interval apart, from the older one.
+
+    Args:
+      started: the runs, all of the same `Job.setting`.
       tensorboard: write TensorBoard files too.
 
     Raises:
+      ValueError: runs that cannot be trained together.
       UserError: data, masks or weights that are missing; a damaged checkpoint; a loss
         that is not finite any more.
     """
-    dataset = job.load_data()
-    steps_kept = checkpoint.steps_in(paths.checkpoints)
-    restored = steps_kept[-1] if steps_kept else None
-    if restored is None:
+    if any(run.job.setting != started[0].job.setting for run in started):
+        raise ValueError("members of a population need jobs of the same setting")
+    dataset = started[0].job.load_data()
+    results: dict[int, Result] = {}
+    for members, step in _restarts(started):
+        found = _train([started[i] for i in members], step, dataset, tensorboard)
+        results |= zip(members, found, strict=True)
+    return [results[i] for i in range(len(started))]
+
+
+def _restarts(started: Sequence[Run]) -> list[tuple[list[int], int]]:
+    """Which runs go on together, and from which step."""
+    kept = [checkpoint.steps_in(run.paths.checkpoints) or [0] for run in started]
+    every = started[0].job.checkpoint_every
+    groups: list[tuple[list[int], int]] = []
+    for i in sorted(range(len(kept)), key=lambda i: kept[i][-1]):
+        if groups and groups[-1][1] in kept[i] and kept[i][-1] - groups[-1][1] <= every:
+            groups[-1][0].append(i)
+        else:
+            groups.append(([i], kept[i][-1]))
+    return groups
+
+
+def _train(members: list[Run], step: int, dataset, tensorboard: bool) -> list[Result]:
+    job = members[0].job
+    states = [_start(run, step) for run in members]
+    for run in members:
+        runs.claim(run.paths, run.record)
+    steps = make_steps(job.model.apply, job.make_tx, job.spec.mean, job.spec.std)
+    shared = len({run.job.data_seed for run in members}) == 1
+    pop = population.make(
+        steps,
+        len(members),
+        lowering=job.lowering,
+        n_devices=job.member_devices,
+        shared=shared,
+    )
+    # Whatever can fail comes before the metrics are opened, which forgets rows.
+    state = pop.join(states)
+    with contextlib.ExitStack() as stack:
+        managers = [
+            stack.enter_context(
+                checkpoint.manager(run.paths.checkpoints, job.keep_checkpoints)
+            )
+            for run in members
+        ]
+        progress = stack.enter_context(Progress(job.total_steps, step))
+        writers = [
+            stack.enter_context(
+                metrics.Writer(
+                    run.paths.metrics,
+                    step or -1,  # step 0 measures its row again
+                    run.paths.tensorboard if tensorboard else None,
+                )
+            )
+            for run in members
+        ]
+        loop = _Loop(
+            job,
+            members,
+            pop,
+            shared,
+            Data.of(job, dataset, pop.place),
+            managers,
+            writers,
+            progress,
+            sizes={k: v.size for k, v in masks_lib.layers(states[0].params).items()},
+            knobs=pop.join([run.job.knobs for run in members]),
+            chunk=population.chunk_steps(job.chunk_steps),
+            rewires=_table(partial(is_rewire, job.rule), job),
+            learning_rate=[_table(run.job.learning_rate, job) for run in members],
+            drop_fraction=[_table(run.job.drop_fraction, job) for run in members],
+        )
+        state = loop.run(state, step)
+    return [
+        Result(own, writer.rows)
+        for own, writer in zip(pop.split(state), writers, strict=True)
+    ]
+
+
+def _start(run: Run, step: int) -> TrainState:
+    """The state of a run at a step that it has a checkpoint of, or before the first."""
+    job, directory = run.job, run.paths.checkpoints
+    is_new = not checkpoint.steps_in(directory)
+    if is_new:
         network = job.make_network()
     else:
         # Its masks say which leaves are sparse, so that a run goes on even if the run
         # that its masks came from is gone.
-        _LOG.info("going on from the checkpoint of step %d", restored)
-        _, network = checkpoint.restore_network(paths.checkpoints, restored)
-    tx = job.make_tx(network.masks)
+        _LOG.info("going on from the checkpoint of step %d", step)
+        _, network = checkpoint.restore_network(directory, step)
+    tx = job.make_tx(network.masks, job.rewire_key, job.knobs)
     start = network.params, network.batch_stats, job.step_key
-    runs.claim(paths, record)
-    manager = checkpoint.manager(paths.checkpoints, job.keep_checkpoints)
-    # Whatever can fail comes before the metrics are opened, which forgets rows.
-    if restored is None:
-        state = jax.jit(partial(create, tx))(*start)
-    else:
-        like = jax.eval_shape(partial(create, tx), *start)
-        state = checkpoint.restore(manager, restored, like)
-    with (
-        manager,
-        Progress(job.total_steps, restored or 0) as progress,
-        metrics.Writer(
-            paths.metrics,
-            -1 if restored is None else restored,
-            paths.tensorboard if tensorboard else None,
-        ) as writer,
-    ):
-        loop = _Loop(
-            job,
-            dataset,
-            compile_steps(
-                job.model.apply, tx, job.rule.timing, job.spec.mean, job.spec.std
-            ),
-            manager,
-            writer,
-            progress,
-            rewires=_table(partial(is_rewire, job.rule), job.total_steps),
-            learning_rate=_table(job.learning_rate, job.total_steps),
-            drop_fraction=None
-            if job.drop_fraction is None
-            else _table(job.drop_fraction, job.total_steps),
-        )
-        state = loop.run(state, restored)
-    return Result(state, writer.rows)
+    if is_new:
+        return jax.jit(partial(create, tx))(*start)
+    like = jax.eval_shape(partial(create, tx), *start)
+    with checkpoint.manager(directory, job.keep_checkpoints) as manager:
+        return checkpoint.restore(manager, step, like)
 
 
-def _table(schedule: Callable, total_steps: int) -> np.ndarray:
+def _table(schedule: Callable | None, job: Job) -> np.ndarray | None:
     """The values of a schedule at steps 0 to total_steps, on the host."""
-    return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(total_steps + 1)))
+    if schedule is None:
+        return None
+    return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(job.total_steps + 1)))
+
+
+class Data(NamedTuple):
+    """What is on the devices all the time."""
+
+    train: Batch
+    probe: Batch
+    grow: Batch | None
+    test: list[Batch]
+
+    @classmethod
+    def of(cls, job: Job, dataset, place: Callable) -> "Data":
+        images, labels = dataset.train_images, dataset.train_labels
+        n_probe, n_grow = job.probe_examples, job.grow_examples
+        test = dataset.test_images, dataset.test_labels
+
+        def examples(start, end):
+            return place({"image": images[start:end], "label": labels[start:end]})
+
+        return cls(
+            train=examples(0, len(labels)),
+            probe=examples(0, n_probe),
+            grow=examples(n_probe, n_probe + n_grow) if n_grow else None,
+            test=[place(b) for b in arrays.padded_batches(*test, job.eval_batch_size)],
+        )
 
 
 class _Loop(NamedTuple):
     """What stays the same from step to step."""
 
     job: Job
-    dataset: data.Arrays
-    steps: Steps
-    manager: Any
-    writer: metrics.Writer
+    members: list[Run]
+    population: Population
+    shared: bool
+    data: Data
+    managers: list[Any]
+    writers: list[metrics.Writer]
     progress: Progress
+    sizes: dict[str, int]  # weights of each layer
+    knobs: Any
+    chunk: int  # steps that one program takes at most
     rewires: np.ndarray  # whether the update after n others rewires
-    learning_rate: np.ndarray
-    drop_fraction: np.ndarray | None
+    learning_rate: list[np.ndarray]
+    drop_fraction: list[np.ndarray | None]
 
-    def run(self, state: TrainState, restored: int | None) -> TrainState:
-        job = self.job
-        n_probe, n_grow = job.probe_examples, job.grow_examples
-        probe = self._batch(np.arange(n_probe))
-        grow = self._batch(np.arange(n_probe, n_probe + n_grow)) if n_grow else None
-        saved = restored
-        if restored is None:
-            self._record(state, {}, probe, saved)
-            checkpoint.save(self.manager, state)
-            saved = 0
-        pending = None
-        for step in range(restored or 0, job.total_steps):
-            batch = self._batch(self._indices(step))
-            if self.rewires[step]:
-                state, measured = self.steps.rewire(state, batch, probe, grow)
+    def run(self, state: Any, start: int) -> Any:
+        """From the state after `start` updates to that after all of them."""
+        job, saved = self.job, start
+        if start == 0:
+            self._record(state, 0, None)
+            self._save(state)
+        pending, done = None, start
+        while done < job.total_steps:
+            begin, end = done, self._end(done)
+            rewires = bool(self.rewires[begin])
+            args = self.knobs, self.data.train, self._indices(begin, end)
+            before = self._just_before(state, *args) if rewires else None
+            if rewires:
+                state, measured = self.population.rewire(state, *args, self.data.grow)
+            elif self.chunk == 1:
+                state, measured = self.population.train(state, *args)
             else:
-                state, measured = self.steps.train(state, batch)
-            # One step late, so that the device never waits for the host.
+                state, measured = self.population.chunk(state, *args)
+            done = end
+            # One late, so that the device never waits for the host.
             if pending is not None:
-                check_finite("the training loss", float(pending), step, saved)
-            pending = measured["loss"]
-            done = step + 1
+                self._check(*pending, saved)
+            pending = measured, begin
             self.progress.advance(done)
             last = done == job.total_steps
             saves = last or done % job.checkpoint_every == 0
             evaluates = last or (job.eval_every and done % job.eval_every == 0)
-            if saves or evaluates or self.rewires[step] or done % job.log_every == 0:
-                self._record(state, measured, probe, saved, bool(evaluates))
+            if saves or evaluates or rewires or done % job.log_every == 0:
+                self._check(*pending, saved)
+                pending = None
+                self._record(state, done, saved, measured, before, bool(evaluates))
             if saves:
-                checkpoint.save(self.manager, state)
+                self._save(state)
                 saved = done
         return state
 
-    def _indices(self, step: int) -> np.ndarray:
-        n_train = self.job.spec.n_train
-        return arrays.batch_indices(self.job.seed, step, n_train, self.job.batch_size)
+    def _end(self, begin: int) -> int:
+        """Where the program that begins after `begin` updates ends.
 
-    def _batch(self, indices: np.ndarray):
-        dataset = self.dataset
-        return arrays.gather(dataset.train_images, dataset.train_labels, indices)
+        A function of the step alone, so that a run that was interrupted executes the
+        same programs: at each event, and at each multiple of the chunk.
+        """
+        if self.chunk == 1 or self.rewires[begin]:
+            return begin + 1
+        job = self.job
+        events = self.chunk, job.log_every, job.checkpoint_every, job.eval_every
+        ends = [(begin // every + 1) * every for every in events if every]
+        following = np.flatnonzero(self.rewires[begin : min(ends)])
+        return min(*ends, job.total_steps, *(begin + following[:1]).tolist())
+
+    def _indices(self, begin: int, end: int) -> np.ndarray:
+        """The examples of the updates from `begin` on: [n s b], less axes of one."""
+        runs_ = self.members[:1] if self.shared else self.members
+        n, b = self.job.spec.n_train, self.job.batch_size
+        indices = np.stack(
+            [
+                [arrays.batch_indices(run.job.data_seed, t, n, b) for run in runs_]
+                for t in range(begin, end)
+            ]
+        )
+        indices = indices[:, 0] if self.shared else indices
+        alone = self.chunk == 1 or self.rewires[begin]
+        return indices[0] if alone else indices
+
+    def _just_before(self, state, *args) -> list[Any]:
+        """The gradient norms of all members just before a rewire."""
+        if self.job.rule.timing == "after":  # the gradient step comes before it
+            copy = jax.tree.map(jnp.copy, state)
+            state, _ = self.population.train(copy, *args)
+        probed = self._of_members(self.population.probe(state, self.data.probe))
+        return [m["gradient_norm"] for m in probed]
+
+    def _of_members(self, metrics_: Any) -> list[Any]:
+        return jax.device_get(self.population.split(metrics_))
+
+    def _check(self, measured: Any, begin: int, saved: int | None) -> None:
+        """Stops at the first loss that is not finite; `begin` updates came before."""
+        for run, values in zip(self.members, self._of_members(measured), strict=True):
+            losses = np.atleast_1d(values["loss"])
+            for i in np.flatnonzero(~np.isfinite(losses))[:1]:
+                self._check_finite(
+                    run, "training loss", losses[i], begin + i + 1, saved
+                )
+
+    def _check_finite(self, run: Run, name: str, value, step, saved) -> None:
+        whose = f" of {run.paths.root}" if len(self.members) > 1 else ""
+        check_finite(f"the {name}{whose}", float(value), int(step), saved)
+
+    def _save(self, state) -> None:
+        for manager, own in zip(
+            self.managers, self.population.split(state), strict=True
+        ):
+            checkpoint.save(manager, own)
 
     def _record(
-        self, state, measured, probe, saved: int | None, evaluates: bool = True
+        self,
+        state,
+        step: int,
+        saved: int | None,
+        measured: Any = None,
+        before: list[Any] | None = None,
+        evaluates: bool = True,
     ) -> None:
-        """Writes the row of metrics of the network as it is now."""
-        step = int(state.step)
-        values = {k: float(v) for k, v in measured.items()}
-        values |= {k: float(v) for k, v in self.steps.probe(state, probe).items()}
-        for name, value in values.items():
-            check_finite(name.replace("_", " "), value, step, saved)
-        sizes = {k: v.size for k, v in masks_lib.layers(state.params).items()}
-        n_active = masks_lib.counts(state.masks, state.params)
-        fraction = self.drop_fraction
-        row = {
-            "step": step,
-            "seed": self.job.seed,
-            "loss": values.pop("loss", None),
-            "accuracy": values.pop("accuracy", None),
-            "learning_rate": float(self.learning_rate[step]),
-            **values,
-            "drop_fraction": None if fraction is None else float(fraction[step]),
-            "density": sum(n_active.values()) / sum(sizes.values()),
-            **{f"density/{k}": n / sizes[k] for k, n in n_active.items()},
-        }
-        if evaluates:
-            split = self.dataset.test_images, self.dataset.test_labels
-            batches = arrays.padded_batches(*split, self.job.eval_batch_size)
-            tested = evaluate(self.steps.evaluate, state, batches)
-            check_finite("the test loss", tested["test_loss"], step, saved)
-            row |= tested
-        self.writer.write(row)
-        self.progress.report(row)
+        """Writes the rows of metrics of all members as they are now."""
+        nothing = [{}] * len(self.members)
+        found = zip(
+            self.members,
+            self.writers,
+            self.learning_rate,
+            self.drop_fraction,
+            nothing if measured is None else self._of_members(measured),
+            [None] * len(self.members) if before is None else before,
+            self._of_members(self.population.probe(state, self.data.probe)),
+            evaluate(self.population, state, self.data.test) if evaluates else nothing,
+            strict=True,
+        )
+        total = sum(self.sizes.values())
+        rows = []
+        for run, writer, rate, fraction, last, norm, probed, tested in found:
+            # The last step of a chunk.
+            last = {k: float(np.atleast_1d(v)[-1]) for k, v in last.items()}
+            own = {k: int(n) for k, n in probed.pop("n_active").items()}
+            n_active = {k: own.get(k, size) for k, size in self.sizes.items()}
+            values = {k: float(v) for k, v in probed.items()}
+            if norm is not None:
+                values["gradient_norm_before"] = float(norm)
+                values["gradient_norm_after"] = values["gradient_norm"]
+            row = {
+                "step": step,
+                "seed": run.job.seed,
+                "loss": last.get("loss"),
+                "accuracy": last.get("accuracy"),
+                "learning_rate": float(rate[step]),
+                **values,
+                "drop_fraction": None if fraction is None else float(fraction[step]),
+                "density": sum(n_active.values()) / total,
+                **{f"density/{k}": n / self.sizes[k] for k, n in n_active.items()},
+                **tested,
+            }
+            for name, value in (values | tested).items():
+                self._check_finite(run, name.replace("_", " "), value, step, saved)
+            writer.write(row)
+            rows.append(row)
+        self.progress.report(rows)

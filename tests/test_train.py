@@ -10,7 +10,7 @@ import run_cli
 
 from lottery_flow import checkpoint, metrics, models, runs
 from lottery_flow.sparsity import masks as masks_lib
-from lottery_flow.train import Result, train
+from lottery_flow.train import Result, Run, train
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -22,7 +22,8 @@ def _promotion():
 
 def run(root: Path, seed: int = 0, **fields: object) -> Result:
     job = run_cli.small_job(seed, **fields)
-    return train(job, runs.RunPaths(root / "run"), {"seed": seed})
+    (result,) = train([Run(job, runs.RunPaths(root / "run"), {"seed": seed})])
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,23 @@ def test_the_norm_after_a_rewire_is_that_of_its_row(rigl):
     for row in rigl[1].rows:
         if row["step"] in (3, 6, 9, 12):
             assert row["gradient_norm_after"] == row["gradient_norm"]
+
+
+@pytest.mark.parametrize("timing", ["after", "instead"])
+def test_the_norm_before_a_rewire_is_that_without_it(tmp_path, timing):
+    fields = {"sparsity__rule": "rigl", "train__total_steps": 6}
+    fields |= {"sparsity__begin_steps": 4, "sparsity__interval_steps": 100}
+    fields |= {"train__log_every_steps": 1, "sparsity__timing": timing}
+    rows = run(tmp_path / "rewired", **fields).rows
+    (rewired,) = (row for row in rows if "gradient_norm_before" in row)
+    fields["sparsity__rule"] = "static"
+    never = run(tmp_path / "never", **fields).rows
+    # Timing 'instead' spends update 5, and the gradient step of update 4 comes first.
+    step = 4
+    assert rewired["step"] == (4 if timing == "after" else 5)
+    expected = never[step]["gradient_norm"]
+    assert rewired["gradient_norm_before"] == pytest.approx(expected, rel=1e-5)
+    assert rewired["gradient_norm_after"] != pytest.approx(expected, rel=1e-5)
 
 
 def test_the_file_holds_the_rows(rigl):
@@ -190,8 +208,8 @@ def test_batch_norm_and_dropout_pass_through(tmp_path, normalized):
     # The same run stopped in the middle: dropout, too, goes on as it was.
     half = run_cli.small_job(**normalized)
     paths = runs.RunPaths(tmp_path / "half" / "run")
-    train(half._replace(total_steps=6), paths, {"seed": 0})
-    resumed = train(half, paths, {"seed": 0})
+    train([Run(half._replace(total_steps=6), paths, {"seed": 0})])
+    (resumed,) = train([Run(half, paths, {"seed": 0})])
     assert bits(resumed) == bits(result)
     assert resumed.rows == result.rows
 

@@ -1,0 +1,113 @@
+"""Who is trained together: the members of a population, from one configuration.
+
+    --config.train.seeds='(0,1,2)'
+    --config.train.vary='model.init=masked_dense|per_neuron; optim.learning_rate=0.1'
+
+makes six members: every combination of the seeds and the varied fields. Each is a run
+of its own configuration, in a directory of its own, as if it had been trained alone.
+"""
+
+import copy
+import itertools
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lottery_flow.errors import UserError
+
+# Fields that change what a member starts from, or one of its numbers, but not the
+# program that trains it.
+OWN = (
+    "data.order_seed",
+    "model.init",
+    "model.init_distribution",
+    "model.init_fan",
+    "model.init_gain",
+    "optim.learning_rate",
+    "sparsity.distribution",
+    "sparsity.drop_fraction",
+    "sparsity.layer_sparsity",
+    "sparsity.masks_from",
+    "sparsity.masks_step",
+    "sparsity.shuffle_masks",
+    "sparsity.sparsity",
+    "sparsity.weights_from",
+    "sparsity.weights_step",
+)
+# Gradual pruning ends at numbers of weights that its program holds.
+_PRUNED = ("sparsity.distribution", "sparsity.layer_sparsity", "sparsity.sparsity")
+
+
+def seeds(config: ConfigDict) -> tuple[int, ...]:
+    """The seeds to train.
+
+    Raises:
+      UserError: none, one twice, or one that is no seed.
+    """
+    found = tuple(config.train.seeds)
+    if not found or len(set(found)) != len(found):
+        raise UserError(f"train.seeds={found}: give one or more seeds, each once")
+    for seed in found:
+        if not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise UserError(
+                f"train.seeds={found}: give whole numbers from 0 to 2^32 - 1"
+            )
+    return found
+
+
+def members(config: ConfigDict) -> list[tuple[ConfigDict, int]]:
+    """The configuration and the seed of every member.
+
+    Raises:
+      UserError: `train.vary` or `train.seeds` make no sense.
+    """
+    varied = _varied(config)
+    found = []
+    for values in itertools.product(*varied.values()):
+        own = copy.deepcopy(config)  # with the references between its fields
+        with own.unlocked():
+            own.update_from_flattened_dict(dict(zip(varied, values, strict=True)))
+            own.train.vary = ""
+        found += [(own.lock(), seed) for seed in seeds(config)]
+    return found
+
+
+def _varied(config: ConfigDict) -> dict[str, list[Any]]:
+    """{'optim.learning_rate': [0.05, 0.1], ...}, from `train.vary`."""
+    text, varied = config.train.vary, {}
+    for part in filter(str.strip, text.split(";")):
+        name, equals, values = (s.strip() for s in part.partition("="))
+        if not equals or name in varied:
+            raise UserError(
+                f"train.vary={text!r}: write field=value|value; field=value|value, "
+                "each field once"
+            )
+        if name not in OWN:
+            raise UserError(
+                f"train.vary={text!r}: {name} cannot differ between members that are "
+                f"trained together; the fields that can are {', '.join(OWN)}"
+            )
+        if config.sparsity.rule == "gradual_pruning" and name in _PRUNED:
+            raise UserError(
+                f"train.vary={text!r}: {name} cannot differ between members under "
+                "gradual pruning; train them apart"
+            )
+        group, _, field = name.partition(".")
+        like = config[group][field]
+        varied[name] = [_parse(name, v.strip(), like) for v in values.split("|")]
+        if len(set(varied[name])) != len(varied[name]):
+            raise UserError(f"train.vary={text!r}: {name} has a value twice")
+    return varied
+
+
+def _parse(name: str, text: str, like: Any) -> Any:
+    """The value of a field, of the type of `like`."""
+    if isinstance(like, bool):
+        if text not in ("True", "False"):
+            raise UserError(f"train.vary: {name}={text!r} is not True or False")
+        return text == "True"
+    try:
+        return type(like)(text)
+    except ValueError as error:
+        kind = "a whole number" if isinstance(like, int) else "a number"
+        raise UserError(f"train.vary: {name}={text!r} is not {kind}") from error
