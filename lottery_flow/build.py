@@ -95,17 +95,25 @@ def flat_fields(config: ConfigDict) -> dict[str, Any]:
 
 
 def _model(config, spec):
-    options = {"widths": tuple(config.model.widths)} if config.model.widths else {}
-    widths = options.get("widths", ())
-    n_widths = {"lenet5": 4}.get(config.model.name, len(widths))
+    name, widths = config.model.name, tuple(config.model.widths)
+    n_widths = {"lenet5": 4, "mlp": len(widths)}.get(name, 0)
     if any(not isinstance(w, int) or w < 1 for w in widths) or (
         widths and len(widths) != n_widths
     ):
         raise UserError(
-            f"model.widths={widths}: {config.model.name} needs "
-            f"{n_widths or 'some'} positive whole numbers; () takes its own"
+            f"model.widths={widths}: {name} needs "
+            f"{n_widths or ('some' if name == 'mlp' else 'no')} positive whole "
+            "numbers; () takes its own"
         )
-    return models.create(config.model.name, spec.image_shape, spec.n_classes, **options)
+    options = {"widths": widths} if widths else {}
+    if config.model.lowering != "auto":
+        if name == "mlp":
+            raise UserError(
+                f"model.lowering={config.model.lowering!r}: mlp has no convolutions; "
+                "write auto"
+            )
+        options["lowering"] = config.model.lowering
+    return models.create(name, spec.image_shape, spec.n_classes, **options)
 
 
 def _decay(config) -> optax.Schedule:

@@ -29,6 +29,7 @@ def fields(config: ConfigDict) -> None:
     _known("data.name", config.data.name, data.DATASETS)
     _known("model.name", config.model.name, models.MODELS)
     _known("model.init", config.model.init, initializers.INITIALIZERS)
+    _known("model.lowering", config.model.lowering, models.LOWERINGS)
     fans, draws = ("fan_in", "fan_out", "fan_avg"), ("normal", "uniform", "truncated")
     _known("model.init_fan", config.model.init_fan, ("", *fans))
     _known("model.init_distribution", config.model.init_distribution, ("", *draws))

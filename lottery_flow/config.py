@@ -24,8 +24,14 @@ def default() -> ConfigDict:
             # What the run directory is called; main.py adds a hash of the rest.
             "name": "custom",
             "model": {
-                "name": "lenet5",  # lenet5, mlp
-                "widths": (),  # of the hidden layers; () is the model's own
+                # lenet5, mlp, resnet18, resnet34, resnet50, resnet101, wrn16_4,
+                # wrn22_2.
+                "name": "lenet5",
+                # Of the hidden layers of lenet5 and mlp; () is the model's own.
+                "widths": (),
+                # How convolutions are computed, see models/layers.py: convolution,
+                # patches; auto chooses by the backend and the shape.
+                "lowering": "auto",
                 # Initialisation of the kernels, see sparsity/initializers.py:
                 # masked_dense, layer_scaled, per_neuron.
                 "init": "masked_dense",

@@ -10,8 +10,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+from lottery_flow import allocator, members, report, runs
 from lottery_flow import config as config_lib
-from lottery_flow import members, report, runs
 from lottery_flow.build import build, flat_fields
 from lottery_flow.errors import UserError
 from lottery_flow.train import Run, train
@@ -77,6 +77,7 @@ def train_all(started: list[tuple[ConfigDict, Run]]) -> None:
 def cli() -> None:
     """Runs `main`; a user's mistake is one sentence and exit status 2."""
     _configure_logging()
+    allocator.keep_freed_memory()
 
     def guarded(argv):
         try:

@@ -4,8 +4,8 @@
         config.json  metrics.jsonl  checkpoints/  summary.txt  figure.png  DONE
 
 The hash covers the fields that differ from the default configuration, so that a new
-option orphans no old run. Seeds, the place of the data, how members are trained
-together and what is only shown (`UNHASHED`) stay out of it.
+option orphans no old run. Seeds, the place of the data, how things are computed
+and what is only shown (`UNHASHED`) stay out of it.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from lottery_flow.errors import UserError
 UNHASHED = (
     "name",
     "data.dir",
+    "model.lowering",
     "train.chunk_steps",
     "train.member_devices",
     "train.population",

@@ -5,7 +5,7 @@ import os
 # Before jax is imported: the number of devices is fixed by its first use.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=4"
+    "--xla_force_host_platform_device_count=8"
     # Half the time to compile, which is most of what the tests do.
     " --xla_backend_optimization_level=0"
 )

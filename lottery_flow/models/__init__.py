@@ -11,10 +11,25 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lottery_flow.models.layers import LOWERINGS
 from lottery_flow.models.lenet import LeNet5
 from lottery_flow.models.mlp import MLP
+from lottery_flow.models.resnet import resnet18, resnet34, resnet50, resnet101
+from lottery_flow.models.wide_resnet import wrn16_4, wrn22_2
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"lenet5": LeNet5, "mlp": MLP}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "lenet5": LeNet5,
+    "mlp": MLP,
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+    "resnet101": resnet101,
+    "wrn16_4": wrn16_4,
+    "wrn22_2": wrn22_2,
+}
+
+
+__all__ = ["LOWERINGS", "MODELS", "Model", "create"]
 
 
 class Model(NamedTuple):
@@ -36,7 +51,7 @@ class Model(NamedTuple):
 def create(
     name: str, image_shape: tuple[int, int, int], n_classes: int, **options: Any
 ) -> Model:
-    """A model of `MODELS`; `options` go to its module."""
+    """A model of `MODELS`; `options` go to its module, for instance `lowering`."""
     module = MODELS[name](n_classes=n_classes, **options)
     example = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
 

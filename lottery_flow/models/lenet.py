@@ -3,6 +3,8 @@
 import flax.linen as nn
 from jaxtyping import Array, Float
 
+from lottery_flow.models.layers import Conv, max_pool
+
 
 class LeNet5(nn.Module):
     """conv 5x5, pool, conv 5x5, pool, three dense layers.
@@ -13,10 +15,12 @@ class LeNet5(nn.Module):
       n_classes: number of logits.
       widths: of the two convolutions and the two hidden dense layers; the small
         dense network of the paper has (3, 3, 27, 20).
+      lowering: of the convolutions, see `layers.Conv`.
     """
 
     n_classes: int = 10
     widths: tuple[int, int, int, int] = (6, 16, 120, 84)
+    lowering: str = "auto"
 
     @nn.compact
     def __call__(
@@ -24,8 +28,14 @@ class LeNet5(nn.Module):
     ) -> Float[Array, "b n_classes"]:
         x = images
         for i, width in enumerate(self.widths[:2], start=1):
-            x = nn.Conv(width, (5, 5), padding="VALID", name=f"conv{i}")(x)
-            x = nn.max_pool(nn.relu(x), (2, 2), strides=(2, 2))
+            conv = Conv(
+                width,
+                (5, 5),
+                padding="VALID",
+                lowering=self.lowering,
+                name=f"conv{i}",
+            )
+            x = max_pool(nn.relu(conv(x)), (2, 2), strides=(2, 2))
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.widths[2:], start=1):
             x = nn.relu(nn.Dense(width, name=f"fc{i}")(x))

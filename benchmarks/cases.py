@@ -1,0 +1,192 @@
+"""What is timed: a function for each question, by name in `CASES`."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from benchmarks.measure import Ratio, compare
+from benchmarks.networks import (
+    SETTINGS,
+    create_model,
+    data,
+    dense_step,
+    sparse_steps,
+)
+from lottery_flow import population
+from lottery_flow.sparsity.topk import topk_mask
+
+
+class Loop:
+    """A step called again and again on the state that it returned."""
+
+    def __init__(self, step: Callable, state, *args):
+        self.step, self.state, self.args = step, state, args
+
+    def __call__(self, n: int) -> None:
+        for _ in range(n):
+            self.state, measured = self.step(self.state, *self.args)
+        jax.block_until_ready((self.state, measured))
+
+
+def steps(name: str, **limits: float) -> Iterator[Ratio]:
+    """An ordinary sparse step, and one with a rewire, over the dense step."""
+    setting = SETTINGS[name]
+    model, images = create_model(setting), data(setting)
+    indices = jnp.arange(setting.batch_size)
+    state, step = dense_step(setting, model)
+    dense = Loop(jax.jit(step, donate_argnums=0), state, images, indices)
+    ways: dict[str, Callable] = {f"{name}: dense step": dense}
+    for kind in ("step", "rewire"):
+        state, own = sparse_steps(setting, model)
+        fn = own.train if kind == "step" else partial(own.rewire, grow=None)
+        compiled = jax.jit(fn, donate_argnums=0)
+        ways[f"{name}: sparse {kind}"] = Loop(compiled, state, {}, images, indices)
+    targets = {f"{name}: sparse {k}": v for k, v in limits.items()}
+    yield from compare(ways, f"{name}: dense step", targets=targets)
+
+
+def memory(name: str = "resnet50", target: float = 1.05) -> Iterator[Ratio]:
+    """Temporary memory of the compiled steps over the dense step's (in MB, not ms)."""
+    setting = SETTINGS[name]
+    model, images = create_model(setting), data(setting, setting.batch_size)
+    indices = jnp.arange(setting.batch_size)
+
+    def temporary(fn, *args) -> float:
+        compiled = jax.jit(fn, donate_argnums=0).lower(*args).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / 1e6
+
+    dense_state, dense_fn = dense_step(setting, model)
+    dense = temporary(dense_fn, dense_state, images, indices)
+    state, own = sparse_steps(setting, model)
+    for kind, fn in (("step", own.train), ("rewire", partial(own.rewire, grow=None))):
+        used = temporary(fn, state, {}, images, indices)
+        ratio = used / dense
+        label = f"{name}: temporary MB, sparse {kind}"
+        yield Ratio(
+            label, f"{name}: dense step", ratio, ratio, ratio, used, dense, target
+        )
+
+
+def topk(size: int, target: float | None = None) -> Iterator[Ratio]:
+    """An exact mask of the tenth with the largest scores, over one by argsort."""
+    scores = jnp.abs(jax.random.normal(jax.random.key(0), (size,)))
+
+    @jax.jit
+    def by_argsort(scores):
+        order = jnp.argsort(-scores)  # stable
+        return jnp.zeros(size, bool).at[order[: size // 10]].set(True)
+
+    selection = jax.jit(topk_mask)
+
+    def repeat(fn, *args):
+        def way(n):
+            for _ in range(n):
+                jax.block_until_ready(fn(*args))
+
+        return way
+
+    ways = {
+        f"top-k of {size:.2g}": repeat(selection, scores, jnp.int32(size // 10)),
+        "argsort": repeat(by_argsort, scores),
+    }
+    targets = {} if target is None else {f"top-k of {size:.2g}": target}
+    yield from compare(ways, "argsort", targets=targets, rounds=5)
+
+
+def convolution(target: float = 0.65, chunk_target: float = 1.02) -> Iterator[Ratio]:
+    """LeNet-5 over the same network written with XLA's convolution and pooling."""
+    loops = {}
+    for name in ("lenet5", "plain_lenet5"):
+        setting = SETTINGS["lenet5"]._replace(name=name)
+        model, images = create_model(setting), data(setting)
+        state, own = sparse_steps(setting, model)
+        indices = jnp.arange(setting.batch_size)
+        compiled = jax.jit(own.train, donate_argnums=0)
+        loops[name] = Loop(compiled, state, {}, images, indices)
+    ways = {
+        "lenet5: step": loops["lenet5"],
+        "lenet5: step with nn.Conv and nn.max_pool": loops["plain_lenet5"],
+    }
+    reference = "lenet5: step with nn.Conv and nn.max_pool"
+    yield from compare(ways, reference, targets={"lenet5: step": target})
+    yield from chunk("lenet5", chunk_target)
+
+
+def chunk(name: str, target: float | None = None, n: int = 20) -> Iterator[Ratio]:
+    """Steps as one program (`lax.scan`) over a loop of compiled steps."""
+    setting = SETTINGS[name]
+    model, images = create_model(setting), data(setting)
+    state, own = sparse_steps(setting, model)
+    other, _ = sparse_steps(setting, model)
+    indices = jnp.arange(n * setting.batch_size).reshape(n, -1) % 1024
+    scanned = jax.jit(
+        lambda state, indices: lax.scan(
+            lambda s, i: own.train(s, {}, images, i), state, indices
+        ),
+        donate_argnums=0,
+    )
+    compiled = jax.jit(own.train, donate_argnums=0)
+    label = f"{name}: steps in one program"
+    yield from compare(
+        {
+            label: Loop(scanned, state, indices),
+            f"{name}: loop of steps": Loop(compiled, other, {}, images, indices[0]),
+        },
+        f"{name}: loop of steps",
+        targets={} if target is None else {label: target},
+        units={label: n},
+    )
+
+
+def members(
+    name: str, sizes=(1, 2, 5, 10, 20), own: float = 1.0, shared: float = 0.8
+) -> Iterator[Ratio]:
+    """A step of one of S members trained together over one of a network alone."""
+    setting = SETTINGS[name]
+    model, images = create_model(setting), data(setting)
+    rng = np.random.default_rng(0)
+    for share in (False, True):
+        ways: dict[str, Callable] = {}
+        units, targets = {}, {}
+        for n in (0, *sizes):  # 0: alone
+            states = []
+            for seed in range(max(n, 1)):
+                state, steps_ = sparse_steps(setting, model, seed)
+                states.append(state)
+            lowering = "auto" if n else "one_by_one"
+            pop = population.make(
+                steps_, max(n, 1), lowering=lowering, n_devices=0, shared=share
+            )
+            shape = (setting.batch_size,) if share else (max(n, 1), setting.batch_size)
+            indices = rng.integers(0, 1024, shape).astype(np.int32)
+            label = f"{name}: member of {n}" if n else f"{name}: alone"
+            label += ", shared batches" if share and n else ""
+            knobs = pop.join([{}] * len(states)) if n else [{}]
+            place = pop.place(images), indices
+            ways[label] = Loop(pop.train, pop.join(states), knobs, *place)
+            units[label] = max(n, 1)
+            if n in (5, 10):
+                targets[label] = shared if share else own
+        yield from compare(
+            ways, f"{name}: alone", targets=targets, units=units, rounds=7
+        )
+
+
+CASES: dict[str, Callable[[], Iterator[Ratio]]] = {
+    "mlp": partial(steps, "mlp", step=1.02, rewire=3.0),
+    "lenet5": partial(steps, "lenet5", step=1.02),
+    "wrn22_2": partial(steps, "wrn22_2"),
+    "resnet50": partial(steps, "resnet50", step=1.03, rewire=1.5),
+    "memory": memory,
+    "topk_1e5": partial(topk, 100_000),
+    "topk_2e6": partial(topk, 2_360_000, 1 / 50),
+    "topk_3e7": partial(topk, 25_600_000, 1 / 15),
+    "convolution": convolution,
+    "chunk_mlp": partial(chunk, "mlp"),
+    "members_lenet5": partial(members, "lenet5"),
+    "members_mlp": partial(members, "mlp", own=1.1),
+}

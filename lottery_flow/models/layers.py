@@ -1,0 +1,181 @@
+"""Convolution and max pooling that are also fast on a CPU.
+
+    y[b, p, q, o] = bias[o] + sum_{i, j, c} kernel[i, j, c, o] x[b, s p + i, s q + j, c]
+
+has two lowerings. *convolution* is XLA's own operation. *patches* copies the kh kw
+shifted images below each other and multiplies once by the kernel as a matrix
+[kh kw c, o] (im2col: Chellapilla et al. 2006, "High performance convolutional neural
+networks for document processing"). Both have the same parameters and the same
+derivatives, up to the order of sums.
+
+The patches have the batch as their innermost dimension, [kh kw c, h w b]: the shifts
+are then copies of whole rows, whatever the number of channels, and pooling needs no
+shuffling within a vector. The layers take and give images [b h w c] all the same; XLA
+turns the transpositions between two of them into a choice of layout.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+from jax import lax
+from jaxtyping import Array, Float
+
+Pair: TypeAlias = tuple[int, int]
+Padding: TypeAlias = str | int | Sequence[int | Pair]
+
+LOWERINGS = ("auto", "convolution", "patches")
+
+# Input and output channels up to which patches win on a CPU.
+_FEW_IN, _FEW_OUT = 7, 16
+
+
+class Conv(nn.Module):
+    """A convolution of images: `nn.Conv`, with a choice of how it is computed.
+
+    Parameters (`kernel` [kh kw c features], `bias` [features]), their initial values
+    and the meaning of the attributes are those of `nn.Conv` for two spatial
+    dimensions.
+
+    Attributes:
+      features: number of output channels.
+      kernel_size: (kh, kw).
+      strides: of the output, one number or one for each dimension.
+      padding: "SAME", "VALID", or zeros to add: a number, or for each dimension a
+        number or (low, high).
+      use_bias: whether there is a bias.
+      dtype: to compute in; the parameters stay in float32. None takes the usual
+        promotion of inputs and parameters.
+      kernel_init: initialiser of the kernel.
+      bias_init: initialiser of the bias.
+      lowering: one of `LOWERINGS`; "auto" takes the faster for the backend and shape.
+
+    Raises:
+      ValueError: an unknown lowering or padding.
+    """
+
+    features: int
+    kernel_size: Pair
+    strides: int | Pair = 1
+    padding: Padding = "SAME"
+    use_bias: bool = True
+    dtype: Any = None
+    kernel_init: Callable = nn.linear.default_kernel_init
+    bias_init: Callable = nn.initializers.zeros_init()
+    lowering: str = "auto"
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b p q o"]:
+        strides = _pair(self.strides)
+        padding = _pads(self.padding, images.shape[1:3], self.kernel_size, strides)
+        shape = (*self.kernel_size, images.shape[-1], self.features)
+        lowering = choose_lowering(self.lowering, shape)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, shape[-1:], jnp.float32)
+        x, kernel, bias = promote_dtype(images, kernel, bias, dtype=self.dtype)
+        convolve = _convolution if lowering == "convolution" else _patches
+        return convolve(x, kernel, bias, strides, padding)
+
+
+def choose_lowering(lowering: str, kernel_shape: Sequence[int]) -> str:
+    """Either "convolution" or "patches": what "auto" means for a kernel [kh kw c o].
+
+    On a CPU patches win where channels are few (the first layers of small networks,
+    LeNet-5's both): XLA's convolution works on vectors of channels. From 8 or so it is
+    the faster, and keeps no copies for the gradient; on other backends always.
+
+    Raises:
+      ValueError: `lowering` is none of `LOWERINGS`.
+    """
+    if lowering not in LOWERINGS:
+        raise ValueError(f"lowering={lowering!r}: choose one of {', '.join(LOWERINGS)}")
+    if lowering != "auto":
+        return lowering
+    kh, kw, channels, features = kernel_shape
+    narrow = kh * kw > 1 and channels <= _FEW_IN and features <= _FEW_OUT
+    return "patches" if narrow and jax.default_backend() == "cpu" else "convolution"
+
+
+def max_pool(
+    images: Float[Array, "b h w c"], window: Pair, strides: Pair
+) -> Float[Array, "b p q c"]:
+    """The maximum of each window, without padding; the same as `nn.max_pool`.
+
+    The gradient goes to the first of equal maxima, a nan to the output, as there. On a
+    CPU, windows that do not overlap are compared as whole arrays: the gradient of
+    XLA's own pooling, which searches every window anew, is several times slower.
+    """
+    if tuple(window) != tuple(strides) or jax.default_backend() != "cpu":
+        return nn.max_pool(images, window, strides=strides)
+    (m, n), (height, width) = window, images.shape[1:3]
+    p, q = height // m, width // n
+    x = images[:, : p * m, : q * n].transpose(3, 1, 2, 0)
+    x = x.reshape(x.shape[0], p, m, q, n, x.shape[-1])
+    corners = (x[:, :, i, :, j] for i in range(m) for j in range(n))
+    return functools.reduce(_first, corners).transpose(3, 1, 2, 0)
+
+
+def _first(a: Array, b: Array) -> Array:
+    """The greater, the first of equals, or nan. jnp.maximum shares ties."""
+    return jnp.where((a >= b) | (a != a), a, b)
+
+
+def _convolution(x, kernel, bias, strides, padding):
+    """XLA's convolution."""
+    y = lax.conv_general_dilated(
+        x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return y if bias is None else y + bias.reshape(1, 1, 1, -1)
+
+
+def _patches(x, kernel, bias, strides, padding):
+    """One product of the kernel with shifted copies of the images."""
+    kh, kw, _, features = kernel.shape
+    x = lax.pad(
+        x.transpose(3, 1, 2, 0),
+        jnp.zeros((), x.dtype),
+        [(0, 0, 0), *((*pad, 0) for pad in padding), (0, 0, 0)],
+    )
+    # First along the width, then along the height: kh + kw slices, not kh kw. Joined
+    # at the channels, so that under vmap the members stay outermost.
+    x = _shifts(_shifts(x, 2, kw, strides[1]), 1, kh, strides[0])
+    rows, p, q, batch = x.shape
+    y = kernel.reshape(rows, features).T @ x.reshape(rows, p * q * batch)
+    if bias is not None:
+        y = y + bias.reshape(-1, 1)
+    # What follows reads y several times. Without the barrier XLA repeats the bias in
+    # each reader, and sums the gradient of the bias in the order of the images.
+    y = lax.optimization_barrier(y)
+    return y.reshape(features, p, q, batch).transpose(3, 1, 2, 0)
+
+
+def _shifts(x, axis, size, stride):
+    """The `size` shifts of x [c h w b] along an axis, joined at the channels."""
+    span = x.shape[axis] - size + 1
+    return jnp.concatenate(
+        [lax.slice_in_dim(x, i, i + span, stride, axis) for i in range(size)]
+    )
+
+
+def _pair(value: int | Sequence[int]) -> Pair:
+    """One number for both dimensions, or one for each."""
+    first, second = (value, value) if isinstance(value, int) else value
+    return first, second
+
+
+def _pads(padding: Padding, size, window, strides) -> tuple[Pair, Pair]:
+    """(low, high) zeros for height and width."""
+    if isinstance(padding, str):
+        if padding not in ("SAME", "VALID"):
+            raise ValueError(f"padding={padding!r}: choose SAME, VALID or numbers")
+        height, width = lax.padtype_to_pads(size, window, strides, padding)
+    else:
+        both = (padding, padding) if isinstance(padding, int) else padding
+        height, width = both
+    return _pair(height), _pair(width)
