@@ -8,22 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from lottery_flow import check, checkpoint, data, models
+from lottery_flow import check, checkpoint, data, draw, models
 from lottery_flow.errors import UserError
 from lottery_flow.job import Job
 from lottery_flow.members import OWN
-from lottery_flow.sparsity import distributions, initializers, rules, schedules
+from lottery_flow.sparsity import distributions, rules, schedules
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.sparsity.rules import Rule
 from lottery_flow.sparsity.transform import sparsify
-
-# Which stream of a run's randomness: fold_in(key(seed), stream).
-_PARAMS, _INIT, _MASKS, _REWIRE, _STEP, _FRESH_INIT = range(6)
 
 
 def build(config: ConfigDict, seed: int) -> Job:
@@ -46,10 +42,10 @@ def build(config: ConfigDict, seed: int) -> Job:
 
     def make_tx(masks, key, knobs):
         inner = _optimizer(config, _scaled(decay, knobs["learning_rate"]))
-        fraction = _scaled(fade, knobs.get("drop_fraction"))
+        fraction = fade and _scaled(fade, knobs["drop_fraction"])
         return sparsify(inner, masks, _rule(config, shapes, fraction), key=key)
 
-    fraction = _scaled(fade, knobs.get("drop_fraction"))
+    fraction = fade and _scaled(fade, config.sparsity.drop_fraction)
     return Job(
         seed=seed,
         setting={k: v for k, v in flat_fields(config).items() if k not in OWN},
@@ -61,8 +57,8 @@ def build(config: ConfigDict, seed: int) -> Job:
         make_tx=make_tx,
         knobs={k: np.float32(v) for k, v in knobs.items()},
         make_network=lambda: _network(config, model, seed, n_active),
-        rewire_key=jax.random.fold_in(key, _REWIRE),
-        step_key=jax.random.fold_in(key, _STEP),
+        rewire_key=jax.random.fold_in(key, draw.REWIRE),
+        step_key=jax.random.fold_in(key, draw.STEP),
         learning_rate=_scaled(decay, config.optim.learning_rate),
         drop_fraction=fraction,
         total_steps=config.train.total_steps,
@@ -130,9 +126,9 @@ def _decay(config) -> optax.Schedule:
     )
 
 
-def _scaled(schedule: optax.Schedule | None, factor: Any) -> optax.Schedule | None:
+def _scaled(schedule: optax.Schedule, factor: Any) -> optax.Schedule:
     """The schedule times a number, which may differ between members."""
-    return None if schedule is None else lambda step: factor * schedule(step)
+    return lambda step: factor * schedule(step)
 
 
 def _optimizer(config, learning_rate) -> optax.GradientTransformation:
@@ -243,37 +239,16 @@ def _network(config, model, seed: int, n_active) -> checkpoint.Network:
         "distribution": config.model.init_distribution,
         "gain": config.model.init_gain,
     }
-    init = initializers.INITIALIZERS[config.model.init]
-
-    @jax.jit  # one program: op by op, compiling it would take most of a short run
-    def draw(key):
-        variables = model.init(jax.random.fold_in(key, _PARAMS))
-        params = variables["params"]
-        masks_key = jax.random.fold_in(key, _MASKS)
-        if source_masks is not None:
-            masks = jax.tree.map(jnp.asarray, source_masks)
-        elif sparsity.rule == "gradual_pruning":
-            sizes = {k: v.size for k, v in masks_lib.layers(params).items()}
-            pruned = {k: n for k, n in n_active.items() if n != sizes[k]}
-            masks = masks_lib.full(params, pruned)
-        else:
-            masks = masks_lib.random(masks_key, params, n_active)
-        if sparsity.shuffle_masks:
-            masks = masks_lib.shuffle(masks_key, masks)
-        # Under masks of a run with the same seed the usual draw would be that run's
-        # own: not a fresh initialisation, but its lottery ticket.
-        stream = _INIT if source_masks is None else _FRESH_INIT
-        init_key = jax.random.fold_in(key, stream)
-        given = {k: v for k, v in options.items() if v}
-        params = init(init_key, params, masks, **given)
-        batch_stats = variables.get("batch_stats", {})
-        if source is not None:
-            params, batch_stats = jax.tree.map(
-                jnp.asarray, (source.params, source.batch_stats)
-            )
-        return masks_lib.apply(masks, params), batch_stats, masks
-
-    return checkpoint.Network(*draw(key))
+    recipe = draw.Recipe(
+        model_init=model.init,
+        init=config.model.init,
+        init_options=tuple((k, v) for k, v in options.items() if v),
+        n_active=tuple(n_active.items()),
+        full_masks=sparsity.rule == "gradual_pruning",
+        shuffle_masks=sparsity.shuffle_masks,
+    )
+    taken = None if source is None else (source.params, source.batch_stats)
+    return draw.draw(recipe, key, source_masks, taken)
 
 
 def _source(config, what: str, seed: int, params) -> checkpoint.Network:

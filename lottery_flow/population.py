@@ -35,12 +35,13 @@ LOWERINGS = ("auto", "one_by_one", "together")
 # Steps of a chunk on accelerators, where nobody asks for another number.
 _CHUNK = 100
 
+_SHARED: Any = None
 # The axis of the members in every part of a population's state.
 _AXES = TrainState(
-    step=None,
+    step=_SHARED,
     params=0,
     batch_stats=0,
-    opt_state=SparseState(step=None, key=0, masks=0, rule_state=0, inner_state=0),
+    opt_state=SparseState(step=_SHARED, key=0, masks=0, rule_state=0, inner_state=0),
     key=0,
 )
 

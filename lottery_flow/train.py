@@ -94,7 +94,8 @@ def _restarts(started: Sequence[Run]) -> list[tuple[list[int], int]]:
 
 def _train(members: list[Run], step: int, dataset, tensorboard: bool) -> list[Result]:
     job = members[0].job
-    states = [_start(run, step) for run in members]
+    creation = _creation(job)  # compiled once for all members
+    states = [_start(run, step, creation) for run in members]
     for run in members:
         runs.claim(run.paths, run.record)
     steps = make_steps(job.model.apply, job.make_tx, job.spec.mean, job.spec.std)
@@ -140,7 +141,10 @@ def _train(members: list[Run], step: int, dataset, tensorboard: bool) -> list[Re
             chunk=population.chunk_steps(job.chunk_steps),
             rewires=_table(partial(is_rewire, job.rule), job),
             learning_rate=[_table(run.job.learning_rate, job) for run in members],
-            drop_fraction=[_table(run.job.drop_fraction, job) for run in members],
+            drop_fraction=[
+                run.job.drop_fraction and _table(run.job.drop_fraction, job)
+                for run in members
+            ],
         )
         state = loop.run(state, step)
     return [
@@ -149,30 +153,34 @@ def _train(members: list[Run], step: int, dataset, tensorboard: bool) -> list[Re
     ]
 
 
-def _start(run: Run, step: int) -> TrainState:
+def _creation(job: Job) -> Callable:
+    """`(network, rewire_key, step_key, knobs) -> state` before the first step."""
+
+    def creation(network, rewire_key, step_key, knobs):
+        tx = job.make_tx(network.masks, rewire_key, knobs)
+        return create(tx, network.params, network.batch_stats, step_key)
+
+    return jax.jit(creation)
+
+
+def _start(run: Run, step: int, creation: Callable) -> TrainState:
     """The state of a run at a step that it has a checkpoint of, or before the first."""
     job, directory = run.job, run.paths.checkpoints
-    is_new = not checkpoint.steps_in(directory)
-    if is_new:
-        network = job.make_network()
-    else:
-        # Its masks say which leaves are sparse, so that a run goes on even if the run
-        # that its masks came from is gone.
-        _LOG.info("going on from the checkpoint of step %d", step)
-        _, network = checkpoint.restore_network(directory, step)
-    tx = job.make_tx(network.masks, job.rewire_key, job.knobs)
-    start = network.params, network.batch_stats, job.step_key
-    if is_new:
-        return jax.jit(partial(create, tx))(*start)
-    like = jax.eval_shape(partial(create, tx), *start)
+    own = job.rewire_key, job.step_key, job.knobs
+    if not checkpoint.steps_in(directory):
+        return creation(job.make_network(), *own)
+    # Its masks say which leaves are sparse, so that a run goes on even if the run
+    # that its masks came from is gone.
+    _LOG.info("going on from the checkpoint of step %d", step)
+    _, network = checkpoint.restore_network(directory, step)
     with checkpoint.manager(directory, job.keep_checkpoints) as manager:
-        return checkpoint.restore(manager, step, like)
+        return checkpoint.restore(
+            manager, step, jax.eval_shape(creation, network, *own)
+        )
 
 
-def _table(schedule: Callable | None, job: Job) -> np.ndarray | None:
+def _table(schedule: Callable, job: Job) -> np.ndarray:
     """The values of a schedule at steps 0 to total_steps, on the host."""
-    if schedule is None:
-        return None
     return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(job.total_steps + 1)))
 
 

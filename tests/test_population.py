@@ -104,9 +104,14 @@ def singles(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("name", TABLE)
 @pytest.mark.parametrize(
-    ("how", "chunk"), [("one_by_one", 1), ("one_by_one", 4), ("together", 4)]
+    ("name", "how", "chunk"),
+    [
+        *itertools.product(TABLE, ["one_by_one"], [1]),
+        *itertools.product(TABLE, ["together"], [4]),
+        ("rigl_keras_momentum", "one_by_one", 4),
+        ("rigl_keras_momentum", "together", 1),
+    ],
 )
 def test_a_member_equals_its_single_run(singles, tmp_path, name, how, chunk):
     fields = TABLE[name] | {"train__population": how, "train__chunk_steps": chunk}

@@ -4,6 +4,7 @@ A `Model` holds pure functions of plain parameter trees. Models know nothing of
 sparsity: a sparse network is the same module with zeros in its kernels.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,10 +49,15 @@ class Model(NamedTuple):
     positions: dict[str, int]
 
 
+@functools.lru_cache(maxsize=32)
 def create(
     name: str, image_shape: tuple[int, int, int], n_classes: int, **options: Any
 ) -> Model:
-    """A model of `MODELS`; `options` go to its module, for instance `lowering`."""
+    """A model of `MODELS`; `options` go to its module, for instance `lowering`.
+
+    The same arguments give the same value, so that what was compiled for it is not
+    compiled again.
+    """
     module = MODELS[name](n_classes=n_classes, **options)
     example = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
 
