@@ -17,6 +17,7 @@ from benchmarks.networks import (
     sparse_steps,
 )
 from lottery_flow import population
+from lottery_flow.population import less_memory
 from lottery_flow.sparsity.topk import topk_mask
 
 
@@ -43,7 +44,8 @@ def steps(name: str, **limits: float) -> Iterator[Ratio]:
     for kind in ("step", "rewire"):
         state, own = sparse_steps(setting, model)
         fn = own.train if kind == "step" else partial(own.rewire, grow=None)
-        compiled = jax.jit(fn, donate_argnums=0)
+        options = less_memory() if kind == "rewire" else None
+        compiled = jax.jit(fn, donate_argnums=0, compiler_options=options)
         ways[f"{name}: sparse {kind}"] = Loop(compiled, state, {}, images, indices)
     targets = {f"{name}: sparse {k}": v for k, v in limits.items()}
     yield from compare(ways, f"{name}: dense step", targets=targets)
@@ -55,15 +57,17 @@ def memory(name: str = "resnet50", target: float = 1.05) -> Iterator[Ratio]:
     model, images = create_model(setting), data(setting, setting.batch_size)
     indices = jnp.arange(setting.batch_size)
 
-    def temporary(fn, *args) -> float:
-        compiled = jax.jit(fn, donate_argnums=0).lower(*args).compile()
+    def temporary(fn, *args, options=None) -> float:
+        jitted = jax.jit(fn, donate_argnums=0, compiler_options=options)
+        compiled = jitted.lower(*args).compile()
         return compiled.memory_analysis().temp_size_in_bytes / 1e6
 
     dense_state, dense_fn = dense_step(setting, model)
     dense = temporary(dense_fn, dense_state, images, indices)
     state, own = sparse_steps(setting, model)
     for kind, fn in (("step", own.train), ("rewire", partial(own.rewire, grow=None))):
-        used = temporary(fn, state, {}, images, indices)
+        options = less_memory() if kind == "rewire" else None
+        used = temporary(fn, state, {}, images, indices, options=options)
         ratio = used / dense
         label = f"{name}: temporary MB, sparse {kind}"
         yield Ratio(
@@ -150,6 +154,7 @@ def members(
     model, images = create_model(setting), data(setting)
     rng = np.random.default_rng(0)
     for share in (False, True):
+        sizes = tuple(n for n in sizes if n > 1)
         ways: dict[str, Callable] = {}
         units, targets = {}, {}
         for n in (0, *sizes):  # 0: alone

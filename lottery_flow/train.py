@@ -142,8 +142,8 @@ def _train(members: list[Run], step: int, dataset, tensorboard: bool) -> list[Re
             rewires=_table(partial(is_rewire, job.rule), job),
             learning_rate=[_table(run.job.learning_rate, job) for run in members],
             drop_fraction=[
-                run.job.drop_fraction and _table(run.job.drop_fraction, job)
-                for run in members
+                None if fraction is None else _table(fraction, job)
+                for fraction in (run.job.drop_fraction for run in members)
             ],
         )
         state = loop.run(state, step)

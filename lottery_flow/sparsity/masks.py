@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 
 # numpy arrays too: what a checkpoint gives back.
 Masks: TypeAlias = PyTree[Bool[Array | np.ndarray, "..."] | None]
@@ -127,7 +127,20 @@ def shuffle(key: Key[Array, ""], masks: Masks) -> Masks:
 def count(masks: Masks) -> dict[str, Any]:
     """Active weights (int32) of each masked layer."""
     named = {k: m for k, m in named_leaves(masks).items() if m is not None}
-    return {k: jnp.sum(m, dtype=jnp.int32) for k, m in named.items()}
+    return {k: count_true(m) for k, m in named.items()}
+
+
+def count_true(flags: Bool[Array | np.ndarray, "..."]) -> Int[Array, ""]:
+    """How many entries are True, without a copy of them as integers.
+
+    XLA's CPU compiler makes one where it has to add up more than 32 at once.
+    """
+    flat = jnp.ravel(flags)
+    cut = flat.size // 1024 * 1024
+    rows = flat[:cut].reshape(-1, 32, 32)
+    rest = jnp.sum(flat[cut:], dtype=jnp.int32)
+    in_row = jnp.sum(jnp.sum(rows, axis=2, dtype=jnp.int32), axis=1, dtype=jnp.int32)
+    return rest + jnp.sum(in_row, dtype=jnp.int32)
 
 
 _count = jax.jit(count)  # one program instead of one for every layer

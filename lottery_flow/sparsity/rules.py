@@ -81,7 +81,7 @@ def drop_grow(
     """
 
     def count(mask):
-        n_active = jnp.sum(mask, dtype=jnp.int32)
+        n_active = masks_lib.count_true(mask)
         product = n_active.astype(jnp.float32) * jnp.asarray(fraction, jnp.float32)
         n_drop = jnp.clip(jnp.floor(product).astype(jnp.int32), 0, n_active)
         return n_drop, n_active - n_drop

@@ -192,9 +192,8 @@ def _bisection(keys, k: Int[Array, " segments"], segments: _Segments):
     one = jnp.ones((), keys.dtype)
 
     def count(flags):
-        in_row = jnp.sum(flags, axis=1, dtype=jnp.int32)
         return jax.ops.segment_sum(
-            in_row, segments.of_row, segments.n, indices_are_sorted=True
+            _count_rows(flags), segments.of_row, segments.n, indices_are_sorted=True
         )
 
     def set_bit(i, threshold):
@@ -212,7 +211,7 @@ def _at_least(keys, threshold, n_ties, segments: _Segments) -> Bool[Array, "rows
     """Keys above the threshold, and the first `n_ties` of those that equal it."""
     of_row, n_rows = segments.of_row, len(keys)
     own = _materialize(threshold[of_row])
-    ties = jnp.sum(keys == own[:, None], axis=1, dtype=jnp.int32)
+    ties = _count_rows(keys == own[:, None])
     before = jnp.cumsum(ties, dtype=jnp.int32) - ties
     wanted = n_ties[of_row] - (before - before[segments.first_row][of_row])
     # A row takes all of its ties, or none; both are a threshold of its own.
@@ -232,6 +231,13 @@ def _at_least(keys, threshold, n_ties, segments: _Segments) -> Bool[Array, "rows
     return chosen.at[cut_row].set(
         first | (keys[rows] > threshold[:, None]), mode="drop"
     )
+
+
+def _count_rows(flags: Bool[Array, "rows row"]) -> Int[Array, " rows"]:
+    """True entries of each row; in two steps for the reason of `masks.count_true`."""
+    squares = flags.reshape(len(flags), 32, -1)
+    in_part = jnp.sum(squares, axis=2, dtype=jnp.int32)
+    return jnp.sum(in_part, axis=1, dtype=jnp.int32)
 
 
 def _materialize(values: Array) -> Array:

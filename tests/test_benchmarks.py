@@ -1,0 +1,88 @@
+"""The benchmarks run, compare what they say, and time the same work."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import run_cli
+
+from benchmarks import cases, measure, networks
+
+
+def test_ratios_are_of_the_same_rounds(monkeypatch):
+    now = iter(np.cumsum([0.0, *[0.25] * 1000]))
+    monkeypatch.setattr(measure, "clock", lambda: next(now))
+    calls = {"a": 0, "b": 0}
+
+    def way(name):
+        def run(n):
+            calls[name] += n
+
+        return run
+
+    ways = {"a": way("a"), "b": way("b")}
+    (found,) = measure.compare(
+        ways, "a", targets={"b": 0.5}, rounds=5, seconds=1.0, units={"b": 4}
+    )
+    # Every turn takes one tick, whatever is done; b does four units in each.
+    assert (found.ratio, found.target) == (0.25, 0.5)
+    assert calls["a"] == calls["b"] == 2 + 5 * 4
+
+
+def test_one_case_from_the_command_line(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.run", "topk_1e5"]
+    out = tmp_path / "table.csv"
+    done = subprocess.run(
+        [*command, f"--out={out}"], cwd=run_cli.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "top-k of 1e+05" in done.stdout
+    lines = out.read_text().splitlines()
+    assert lines[0].startswith("# ")
+    header, row = (line.split(",") for line in lines if not line.startswith("#"))
+    assert header == list(measure.Ratio._fields)
+    assert 0 < float(row[header.index("ratio")]) < 1
+
+
+def test_an_unknown_case_is_one_sentence():
+    command = [sys.executable, "-m", "benchmarks.run", "speed"]
+    done = subprocess.run(command, cwd=run_cli.ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "unknown: speed; mlp, lenet5" in done.stderr
+
+
+def test_the_plain_lenet5_is_the_same_network():
+    setting = networks.SETTINGS["lenet5"]
+    ours = networks.create_model(setting)
+    plain = networks.create_model(setting._replace(name="plain_lenet5"))
+    variables = ours.init(jax.random.key(0))
+    images = jax.random.normal(jax.random.key(1), (3, 28, 28, 1))
+    found = [m.apply(variables["params"], {}, images, True)[0] for m in (ours, plain)]
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_the_dense_step_is_the_sparse_one_with_everything_active():
+    """What is compared differs in sparsity alone."""
+    setting = networks.SETTINGS["mlp"]._replace(batch_size=4)
+    model = networks.create_model(setting)
+    data, indices = networks.data(setting, 8), jax.numpy.arange(4)
+    state, steps = networks.sparse_steps(setting, model)
+    dense, step = networks.dense_step(setting, model)
+    masked = jax.tree.map(np.asarray, state.params)
+    (params, *_), (loss, _) = step((masked, *dense[1:]), data, indices)
+    new, measured = steps.train(state, {}, data, indices)
+    assert float(loss) == pytest.approx(float(measured["loss"]), rel=1e-5)
+    mask = np.asarray(new.masks["fc1"]["kernel"])
+    found, expected = (np.asarray(p["fc1"]["kernel"]) for p in (new.params, params))
+    np.testing.assert_allclose(found[mask], expected[mask], rtol=1e-4, atol=1e-6)
+    assert not found[~mask].any()
+    assert expected[~mask].any()
+
+
+def test_every_case_is_described():
+    text = (run_cli.ROOT / "benchmarks" / "README.md").read_text()
+    for name in cases.CASES:
+        stem = name.split("_")[0]
+        assert f"`{name}`" in text or f"`{stem}_...`" in text, name
