@@ -29,7 +29,7 @@ class Loop:
 
     def __call__(self, n: int) -> None:
         for _ in range(n):
-            self.state, measured = self.step(self.state, *self.args)
+            self.state, *measured = self.step(self.state, *self.args)
         jax.block_until_ready((self.state, measured))
 
 
@@ -146,39 +146,37 @@ def chunk(name: str, target: float | None = None, n: int = 20) -> Iterator[Ratio
     )
 
 
-def members(
-    name: str, sizes=(1, 2, 5, 10, 20), own: float = 1.0, shared: float = 0.8
-) -> Iterator[Ratio]:
-    """A step of one of S members trained together over one of a network alone."""
+def members(name: str, own: float = 1.0, shared: float = 0.8) -> Iterator[Ratio]:
+    """A step of one of S members trained together over one of a network alone.
+
+    On CPUs members take turns unless one asks for another way; both are timed.
+    """
     setting = SETTINGS[name]
     model, images = create_model(setting), data(setting)
     rng = np.random.default_rng(0)
-    for share in (False, True):
-        sizes = tuple(n for n in sizes if n > 1)
-        ways: dict[str, Callable] = {}
-        units, targets = {}, {}
-        for n in (0, *sizes):  # 0: alone
-            states = []
-            for seed in range(max(n, 1)):
-                state, steps_ = sparse_steps(setting, model, seed)
-                states.append(state)
-            lowering = "auto" if n else "one_by_one"
-            pop = population.make(
-                steps_, max(n, 1), lowering=lowering, n_devices=0, shared=share
-            )
-            shape = (setting.batch_size,) if share else (max(n, 1), setting.batch_size)
-            indices = rng.integers(0, 1024, shape).astype(np.int32)
-            label = f"{name}: member of {n}" if n else f"{name}: alone"
-            label += ", shared batches" if share and n else ""
-            knobs = pop.join([{}] * len(states)) if n else [{}]
-            place = pop.place(images), indices
-            ways[label] = Loop(pop.train, pop.join(states), knobs, *place)
-            units[label] = max(n, 1)
-            if n in (5, 10):
-                targets[label] = shared if share else own
-        yield from compare(
-            ways, f"{name}: alone", targets=targets, units=units, rounds=7
-        )
+    state, steps_ = sparse_steps(setting, model)
+    alone = f"{name}: alone"
+
+    def way(n: int, lowering: str, share: bool) -> Loop:
+        states = [jax.tree.map(jnp.copy, state) for _ in range(n)]
+        pop = population.make(steps_, n, lowering=lowering, n_devices=0, shared=share)
+        shape = (setting.batch_size,) if share else (n, setting.batch_size)
+        indices = rng.integers(0, 1024, shape).astype(np.int32)
+        args = pop.join([{}] * n), pop.place(images), indices
+        return Loop(pop.train, pop.join(states), *args)
+
+    for lowering, share, sizes, target in (
+        ("auto", False, (1, 2, 5, 10, 20), own),
+        ("together", False, (5, 10), None),
+        ("together", True, (5, 10, 20), shared),
+    ):
+        what = {"auto": "", "together": " in one program"}[lowering]
+        what += ", shared batches" if share else ""
+        units = {f"{name}: member of {n}{what}": n for n in sizes}
+        ways = {label: way(n, lowering, share) for label, n in units.items()}
+        targets = {k: target for k, n in units.items() if n in (5, 10) and target}
+        ways[alone] = way(1, "one_by_one", False)
+        yield from compare(ways, alone, targets=targets, units=units, rounds=7)
 
 
 CASES: dict[str, Callable[[], Iterator[Ratio]]] = {

@@ -53,10 +53,9 @@ class PlainLeNet5(nn.Module):
         return nn.Dense(self.n_classes, name="fc3")(x)
 
 
-models.MODELS.setdefault("plain_lenet5", PlainLeNet5)
-
-
 def create_model(setting: Setting) -> Model:
+    if setting.name == "plain_lenet5":
+        return models.from_module(PlainLeNet5(), setting.image_shape)
     return models.create(setting.name, setting.image_shape, setting.n_classes)
 
 
@@ -108,10 +107,6 @@ def sparse_steps(
     inner = optax.sgd(RATE, momentum=MOMENTUM)
     rule = rules.rigl(schedules.every(100), schedules.constant(0.3))
 
-    def make_tx(masks, key, knobs):
-        del knobs
-        return sparsify(inner, masks, rule, key=key)
-
     @jax.jit
     def start(key):
         variables = model.init(key)
@@ -119,8 +114,9 @@ def sparse_steps(
         shapes = {k: v.shape for k, v in masks_lib.layers(params).items()}
         n_active = distributions.erdos_renyi_kernel(shapes, SPARSITY)
         masks = masks_lib.random(key, params, n_active)
-        tx = make_tx(masks, key, {})
+        tx = sparsify(inner, masks, rule, key=key)
         return create(tx, params, variables.get("batch_stats", {}), key)
 
-    steps = make_steps(model.apply, make_tx, *statistics_of(setting))
+    method = inner, rule
+    steps = make_steps(model.apply, lambda knobs: method, *statistics_of(setting))
     return start(jax.random.key(seed)), steps

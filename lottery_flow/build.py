@@ -12,14 +12,13 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from lottery_flow import check, checkpoint, data, draw, models
+from lottery_flow import check, checkpoint, data, draw, models, runs
 from lottery_flow.errors import UserError
 from lottery_flow.job import Job
-from lottery_flow.members import OWN
+from lottery_flow.members import own_fields
 from lottery_flow.sparsity import distributions, rules, schedules
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.sparsity.rules import Rule
-from lottery_flow.sparsity.transform import sparsify
 
 
 def build(config: ConfigDict, seed: int) -> Job:
@@ -36,25 +35,26 @@ def build(config: ConfigDict, seed: int) -> Job:
     decay = _decay(config)
     fade = _fade(config, decay)
     n_active = _n_active(config, shapes)
+    own = own_fields(config) + runs.UNHASHED
     knobs = {"learning_rate": config.optim.learning_rate}
     if fade is not None:
         knobs["drop_fraction"] = config.sparsity.drop_fraction
 
-    def make_tx(masks, key, knobs):
+    def make_method(knobs):
         inner = _optimizer(config, _scaled(decay, knobs["learning_rate"]))
         fraction = fade and _scaled(fade, knobs["drop_fraction"])
-        return sparsify(inner, masks, _rule(config, shapes, fraction), key=key)
+        return inner, _rule(config, shapes, fraction)
 
     fraction = fade and _scaled(fade, config.sparsity.drop_fraction)
     return Job(
         seed=seed,
-        setting={k: v for k, v in flat_fields(config).items() if k not in OWN},
+        setting={k: v for k, v in flat_fields(config).items() if k not in own},
         data_seed=seed if config.data.order_seed < 0 else config.data.order_seed,
         model=model,
         spec=spec,
         load_data=lambda: data.DATASETS[config.data.name].load(config.data.dir),
         rule=_rule(config, shapes, fraction),
-        make_tx=make_tx,
+        make_method=make_method,
         knobs={k: np.float32(v) for k, v in knobs.items()},
         make_network=lambda: _network(config, model, seed, n_active),
         rewire_key=jax.random.fold_in(key, draw.REWIRE),

@@ -6,6 +6,7 @@ need. `training` is what only the same run can use: step, key, optimizer state.
 """
 
 import gc
+import shutil
 import sys
 import threading
 import time
@@ -21,6 +22,8 @@ from jaxtyping import PyTree
 from lottery_flow.errors import UserError
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.state import TrainState
+
+_DELETED = ".deleted"
 
 
 class Network(NamedTuple):
@@ -51,14 +54,11 @@ def manager(directory: Path, keep: int = 0) -> ocp.CheckpointManager:
 def save(checkpoints: ocp.CheckpointManager, state: TrainState) -> None:
     """Writes the state in the background; the arrays may be donated at once.
 
-    A checkpoint of that step that is there already is replaced, but for that of step
-    0, from which tickets may have been taken.
+    A checkpoint of that step that is there already stays as it is.
     """
     step = int(state.step)
     if step in checkpoints.all_steps():
-        if step == 0:
-            return
-        checkpoints.delete(step)
+        return
     network, training = _split(state)
     checkpoints.save(
         step,
@@ -129,6 +129,16 @@ def steps_in(directory: Path) -> list[int]:
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; move that file away")
     return sorted(ocp.path.step.checkpoint_steps(directory))
+
+
+def forget_after(directory: Path, step: int) -> None:
+    """Deletes the checkpoints after a step, each whole or not at all."""
+    for newer in reversed(steps_in(directory)):
+        if newer > step:
+            # No checkpoint has such a name, so that a kill leaves none half deleted.
+            (directory / str(newer)).rename(directory / f"{newer}{_DELETED}")
+    for leftover in directory.glob(f"*{_DELETED}"):
+        shutil.rmtree(leftover)
 
 
 class _KeepFirst:

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import optax
 
 from lottery_flow import data, models
+from lottery_flow.sparsity.masks import Masks
 from lottery_flow.sparsity.rules import Rule
+from lottery_flow.sparsity.transform import sparsify
 
 
 class Job(NamedTuple):
@@ -24,7 +26,7 @@ class Job(NamedTuple):
       spec: of the data set.
       load_data: reads it.
       rule: how the topology changes.
-      make_tx: `(masks, key, knobs) -> optax transformation`; may be traced.
+      make_method: `(knobs) -> (optimizer, rule)`; the knobs may be traced.
       knobs: float32 scalars that members may differ in, {} of `learning_rate` (the
         peak) and `drop_fraction` (the first).
       make_network: `() -> checkpoint.Network`, the network before the first step;
@@ -43,7 +45,7 @@ class Job(NamedTuple):
     spec: data.Spec
     load_data: Callable[[], data.Arrays]
     rule: Rule
-    make_tx: Callable
+    make_method: Callable
     knobs: dict[str, Any]
     make_network: Callable
     rewire_key: Any
@@ -62,3 +64,8 @@ class Job(NamedTuple):
     lowering: str
     member_devices: int
     chunk_steps: int
+
+    def make_tx(self, masks: Masks, key: Any, knobs: dict[str, Any]):
+        """The transformation of `make_method`, see `sparsify`."""
+        inner, rule = self.make_method(knobs)
+        return sparsify(inner, masks, rule, key=key)

@@ -14,7 +14,7 @@ from lottery_flow import allocator, members, report, runs
 from lottery_flow import config as config_lib
 from lottery_flow.build import build, flat_fields
 from lottery_flow.errors import UserError
-from lottery_flow.train import Run, train
+from lottery_flow.train import Result, Run, train
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, with an argument after a colon if it has one."
@@ -64,14 +64,18 @@ def train_all(started: list[tuple[ConfigDict, Run]]) -> None:
     for _, run in started:
         _LOG.info("run directory %s", run.paths.root)
     tensorboard = started[0][0].train.tensorboard
-    results = train([run for _, run in started], tensorboard=tensorboard)
-    for (config, run), result in zip(started, results, strict=True):
+    configs = {run.paths: config for config, run in started}
+
+    def finish(run: Run, result: Result) -> None:
         job, paths, rows = run.job, run.paths, result.rows
+        config = configs[paths]
         text = report.summary(config.name, job.model, result.state, rows)
         runs.write_atomically(paths.summary, text)
         if config.train.figure:
             report.figure(paths.figure, f"{config.name}, seed {job.seed}", rows)
         runs.write_atomically(paths.done, json.dumps(rows[-1], indent=2) + "\n")
+
+    train([run for _, run in started], tensorboard=tensorboard, on_done=finish)
 
 
 def cli() -> None:

@@ -38,6 +38,12 @@ OWN = (
 _PRUNED = ("sparsity.distribution", "sparsity.layer_sparsity", "sparsity.sparsity")
 
 
+def own_fields(config: ConfigDict) -> tuple[str, ...]:
+    """The fields that members with this configuration may differ in."""
+    fixed = _PRUNED if config.sparsity.rule == "gradual_pruning" else ()
+    return tuple(name for name in OWN if name not in fixed)
+
+
 def seeds(config: ConfigDict) -> tuple[int, ...]:
     """The seeds to train.
 
@@ -48,7 +54,7 @@ def seeds(config: ConfigDict) -> tuple[int, ...]:
     if not found or len(set(found)) != len(found):
         raise UserError(f"train.seeds={found}: give one or more seeds, each once")
     for seed in found:
-        if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        if type(seed) is not int or not 0 <= seed < 2**32:
             raise UserError(
                 f"train.seeds={found}: give whole numbers from 0 to 2^32 - 1"
             )
@@ -68,8 +74,30 @@ def members(config: ConfigDict) -> list[tuple[ConfigDict, int]]:
         with own.unlocked():
             own.update_from_flattened_dict(dict(zip(varied, values, strict=True)))
             own.train.vary = ""
+        for name, value in zip(varied, values, strict=True):
+            group, _, field = name.partition(".")
+            if own[group][field] != value:
+                raise UserError(
+                    f"train.vary={config.train.vary!r}: {name} follows another varied "
+                    "field in this configuration; vary one of them"
+                )
         found += [(own.lock(), seed) for seed in seeds(config)]
+    _check_devices(config, len(found))
     return found
+
+
+def _check_devices(config: ConfigDict, n: int) -> None:
+    how, devices = config.train.population, config.train.member_devices
+    if devices > 1 and how == "one_by_one":
+        raise UserError(
+            f"train.member_devices={devices}: members that are trained one_by_one are "
+            "on one device; write train.population=together"
+        )
+    if devices > 1 and n % devices:
+        raise UserError(
+            f"train.member_devices={devices} does not divide the {n} members; give a "
+            "number that does, or 0"
+        )
 
 
 def _varied(config: ConfigDict) -> dict[str, list[Any]]:
@@ -82,15 +110,11 @@ def _varied(config: ConfigDict) -> dict[str, list[Any]]:
                 f"train.vary={text!r}: write field=value|value; field=value|value, "
                 "each field once"
             )
-        if name not in OWN:
+        own = own_fields(config)
+        if name not in own:
             raise UserError(
                 f"train.vary={text!r}: {name} cannot differ between members that are "
-                f"trained together; the fields that can are {', '.join(OWN)}"
-            )
-        if config.sparsity.rule == "gradual_pruning" and name in _PRUNED:
-            raise UserError(
-                f"train.vary={text!r}: {name} cannot differ between members under "
-                "gradual pruning; train them apart"
+                f"trained together; the fields that can are {', '.join(own)}"
             )
         group, _, field = name.partition(".")
         like = config[group][field]

@@ -7,8 +7,9 @@ A population of S members is advanced in one of two ways, which do the same:
   choice on CPUs, whose cores one network keeps busy, and for a single member.
 - `together`: every leaf of the state but `step` has a leading axis S and the step is
   `vmap`ped, on one device or with the members spread over several. The choice on
-  accelerators, which one small network leaves idle, and on CPUs where all members see
-  the same batches. `step` is the same for all and stays unbatched.
+  accelerators, which one small network leaves idle. `step` is the same for all and
+  stays unbatched. Where all members see the same batches, what depends on nothing else
+  is done once for all.
 
 Likewise a *chunk* of steps is one program (`lax.scan`) where dispatching small steps
 would cost more than they do, on accelerators, and a loop of steps on CPUs.
@@ -85,23 +86,23 @@ def make(
       shared: whether all members see the same batches.
 
     Raises:
-      UserError: devices that there are not, or that do not divide the members.
+      UserError: more devices than there are.
     """
-    cpu = jax.default_backend() == "cpu"
+    cpu, there = jax.default_backend() == "cpu", jax.local_device_count()
+    if n_devices > there:
+        raise UserError(
+            f"train.member_devices={n_devices}: there are {there} devices; give at "
+            "most as many, or 0"
+        )
     if lowering == "auto":
-        single = n == 1 or (cpu and not shared and n_devices <= 1)
+        single = n == 1 or (cpu and n_devices <= 1)
         lowering = "one_by_one" if single else "together"
     if lowering == "one_by_one":
         return one_by_one(steps, shared=shared)
     if not n_devices:
-        n_devices = 1 if cpu else math.gcd(n, jax.local_device_count())
-    if n_devices > jax.local_device_count() or n % n_devices:
-        raise UserError(
-            f"train.member_devices={n_devices}: {n} members on "
-            f"{jax.local_device_count()} devices need a number that divides the "
-            "members and of which there are as many devices; 0 chooses"
-        )
-    return together(steps, n_devices=n_devices, shared=shared)
+        n_devices = 1 if cpu else there
+    # Where some members are finished already, the others may be fewer than devices.
+    return together(steps, n_devices=math.gcd(n, n_devices), shared=shared)
 
 
 def chunk_steps(asked: int) -> int:
@@ -135,7 +136,7 @@ def one_by_one(steps: Steps, *, shared: bool = False) -> Population:
             step(*each, data, batch, *grow)
             for *each, batch in zip(states, knobs, own, strict=True)
         ]
-        return [state for state, _ in done], [metrics for _, metrics in done]
+        return tuple(list(column) for column in zip(*done, strict=True))
 
     def each(fn):
         return lambda states, batch: [fn(state, batch) for state in states]
@@ -156,7 +157,7 @@ def together(steps: Steps, *, n_devices: int = 1, shared: bool = False) -> Popul
     """The population as one state with an axis of members."""
     batches = None if shared else 0
     train = jax.vmap(steps.train, (_AXES, 0, None, batches), (_AXES, 0))
-    rewire = jax.vmap(steps.rewire, (_AXES, 0, None, batches, None), (_AXES, 0))
+    rewire = jax.vmap(steps.rewire, (_AXES, 0, None, batches, None), (_AXES, 0, _AXES))
     probe = jax.vmap(steps.probe, (_AXES, None))
     evaluate = jax.vmap(steps.evaluate, (_AXES, None))
 
@@ -168,14 +169,13 @@ def together(steps: Steps, *, n_devices: int = 1, shared: bool = False) -> Popul
     state, each, all_ = _specs(_AXES), P("member"), P()
     own, own_chunk = (all_, all_) if shared else (each, P(None, "member"))
 
-    def spread(fn, *specs, trains: bool = True, options: Any = None):
+    def spread(fn, *specs, out, options: Any = None):
         """Each device takes its members; none of them ever speaks to another."""
-        out = (state, each) if trains else each
         # What is not spread is the same everywhere, as far as we can see it.
         mapped = jax.shard_map(
             fn, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False
         )
-        donated = 0 if trains else ()
+        donated = () if out is each else 0
         return jax.jit(mapped, donate_argnums=donated, compiler_options=options)
 
     def place(tree, specs):
@@ -199,6 +199,8 @@ def together(steps: Steps, *, n_devices: int = 1, shared: bool = False) -> Popul
         if isinstance(tree, TrainState):
             n = len(tree.key)
             tree = _with_steps(tree, lambda step: jnp.broadcast_to(step, (n,)))
+            # One device: what a checkpoint says of many, others could not restore.
+            tree = jax.device_put(tree, jax.local_devices()[0])
         else:
             tree = jax.device_get(tree)
             n = len(jax.tree.leaves(tree)[0])
@@ -208,11 +210,15 @@ def together(steps: Steps, *, n_devices: int = 1, shared: bool = False) -> Popul
         join=join,
         split=split,
         place=lambda data: place(data, all_),
-        train=spread(train, state, each, all_, own),
-        chunk=spread(chunk, state, each, all_, own_chunk),
-        rewire=spread(rewire, state, each, all_, own, all_, options=less_memory()),
-        probe=spread(probe, state, all_, trains=False),
-        evaluate=spread(evaluate, state, all_, trains=False),
+        train=spread(train, state, each, all_, own, out=(state, each)),
+        chunk=spread(chunk, state, each, all_, own_chunk, out=(state, each)),
+        rewire=spread(
+            *(rewire, state, each, all_, own, all_),
+            out=(state, each, state),
+            options=less_memory(),
+        ),
+        probe=spread(probe, state, all_, out=each),
+        evaluate=spread(evaluate, state, all_, out=each),
     )
 
 

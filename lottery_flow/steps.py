@@ -17,6 +17,7 @@ import optax
 from jaxtyping import Array, Float, Int, UInt8
 
 from lottery_flow.sparsity import masks as masks_lib
+from lottery_flow.sparsity.transform import rewire_network, sparsify
 from lottery_flow.state import TrainState
 
 # image uint8 [b h w c], label int32 [b]; to evaluate on also weight float32 [b]. A
@@ -31,9 +32,10 @@ class Steps(NamedTuple):
     Attributes:
       train: `(state, knobs, data, indices) -> (state, metrics)`, an update without a
         rewire, on the examples of `data` that `indices` int32 [b] names.
-      rewire: `(state, knobs, data, indices, grow) -> (state, metrics)`, an update with
-        one; `grow` is the batch that growth scores are taken on, None for the batch
-        of the step.
+      rewire: `(state, knobs, data, indices, grow) -> (state, metrics, before)`, an
+        update with one; `grow` is the batch that growth scores are taken on, None for
+        the batch of the step; `before` is the network just before the rewire, for
+        `probe`, without the state of its optimizer.
       probe: `(state, batch) -> metrics`: loss, accuracy, gradient norm, and the active
         weights of each masked layer.
       evaluate: `(state, batch) -> sums` of loss, hits and weights.
@@ -47,7 +49,7 @@ class Steps(NamedTuple):
 
 def make_steps(
     apply_fn: Callable,
-    make_tx: Callable,
+    make_method: Callable,
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Steps:
@@ -55,7 +57,7 @@ def make_steps(
 
     Args:
       apply_fn: `Model.apply`.
-      make_tx: `Job.make_tx`.
+      make_method: `Job.make_method`.
       mean: of each channel, as a fraction of 255, subtracted from the images.
       std: of each channel, likewise; the images are divided by it.
     """
@@ -74,23 +76,41 @@ def make_steps(
             params, state.batch_stats, batch, key
         )
 
-    def advance(state: TrainState, knobs: Knobs, batch: Batch, **options):
-        tx = make_tx(state.masks, state.opt_state.key, knobs)
+    def advance(state: TrainState, method, batch: Batch, **options):
+        inner, rule = method
+        tx = sparsify(inner, state.masks, rule, key=state.opt_state.key)
         (loss, (batch_stats, accuracy)), grads = gradients(state, state.params, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, **options)
         params = optax.apply_updates(state.params, updates)
         new = TrainState(state.step + 1, params, batch_stats, opt_state, state.key)
-        return new, {"loss": loss, "accuracy": accuracy}
+        return new, grads, {"loss": loss, "accuracy": accuracy}
 
     def train(state: TrainState, knobs: Knobs, data: Batch, indices):
-        return advance(state, knobs, take(data, indices), rewire=False)
+        method, batch = make_method(knobs), take(data, indices)
+        new, _, metrics = advance(state, method, batch, rewire=False)
+        return new, metrics
 
     def rewire(state: TrainState, knobs, data: Batch, indices, grow: Batch | None):
+        inner, rule = method = make_method(knobs)
+        batch = take(data, indices)
+
         def grow_grad_fn(params):
             return gradients(state, params, grow)[1]
 
-        grow_options = {} if grow is None else {"grow_grad_fn": grow_grad_fn}
-        return advance(state, knobs, take(data, indices), rewire=True, **grow_options)
+        if rule.timing == "instead":
+            options = {} if grow is None else {"grow_grad_fn": grow_grad_fn}
+            new, _, metrics = advance(state, method, batch, rewire=True, **options)
+            return new, metrics, without_slots(state)
+        # What tx.update(rewire=True) does, but for the weights in between: as updates
+        # they would be one more copy of the parameters.
+        new, grads, metrics = advance(state, method, batch, rewire=False)
+        if grow is not None:
+            grads = grow_grad_fn(new.params)
+        params, opt_state = rewire_network(
+            rule, inner, new.opt_state, new.params, grads
+        )
+        after = new._replace(params=params, opt_state=opt_state)
+        return after, metrics, without_slots(new)
 
     def probe(state: TrainState, batch: Batch):
         (loss, (_, accuracy)), grads = gradients(state, state.params, batch)
@@ -115,6 +135,12 @@ def make_steps(
         }
 
     return Steps(train, rewire, probe, evaluate)
+
+
+def without_slots(state: TrainState) -> TrainState:
+    """The network, with what only its training needs left out."""
+    opt_state = state.opt_state._replace(rule_state=(), inner_state=())
+    return state._replace(opt_state=opt_state)
 
 
 def take(data: Batch, indices: Int[Array, " b"]) -> Batch:

@@ -2,9 +2,10 @@
 
 Killed at any instant and started again, a run ends with the same bits as one that
 was never interrupted: batches, keys and the choice of the program are functions of
-the step, a row of metrics is on the disk before the checkpoint that follows it, and
-rows after the restored checkpoint are forgotten. The members of a population are
-runs of their own, each with its directory, rows and checkpoints.
+the step (and of who is trained together), a row of metrics is on the disk before the
+checkpoint that follows it, and rows after the restored checkpoint are forgotten. The
+members of a population are runs of their own, each with its directory, rows and
+checkpoints.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import numpy as np
 
 from lottery_flow import checkpoint, metrics, population, runs
 from lottery_flow.data import arrays
+from lottery_flow.errors import UserError
 from lottery_flow.evaluate import evaluate
 from lottery_flow.job import Job
 from lottery_flow.metrics import Row, check_finite
@@ -54,7 +56,12 @@ class Run(NamedTuple):
     record: Fields
 
 
-def train(started: Sequence[Run], *, tensorboard: bool = False) -> list[Result]:
+def train(
+    started: Sequence[Run],
+    *,
+    tensorboard: bool = False,
+    on_done: Callable[[Run, Result], None] | None = None,
+) -> list[Result]:
     """Trains until `total_steps`, going on from the newest checkpoints.
 
     Members that stand at (about) the same step are trained together; where a crash
@@ -63,20 +70,34 @@ def train(started: Sequence[Run], *, tensorboard: bool = False) -> list[Result]:
     Args:
       started: the runs, all of the same `Job.setting`.
       tensorboard: write TensorBoard files too.
+      on_done: called for each run that reached its last step.
 
     Raises:
-      ValueError: runs that cannot be trained together.
-      UserError: data, masks or weights that are missing; a damaged checkpoint; a loss
-        that is not finite any more.
+      UserError: runs that cannot be trained together; data, masks or weights that are
+        missing; a damaged checkpoint; a loss that is not finite any more. A member
+        that diverges does not stop the others: they are finished first.
     """
-    if any(run.job.setting != started[0].job.setting for run in started):
-        raise ValueError("members of a population need jobs of the same setting")
+    shared = started[0].job.setting
+    for run in started:
+        for name in sorted(shared.keys() | run.job.setting.keys()):
+            if shared.get(name) != run.job.setting.get(name):
+                raise UserError(
+                    f"{name} differs between members, which are trained together and "
+                    "need the same; train them apart"
+                )
     dataset = started[0].job.load_data()
-    results: dict[int, Result] = {}
+    results: dict[int, Result | UserError] = {}
     for members, step in _restarts(started):
-        found = _train([started[i] for i in members], step, dataset, tensorboard)
-        results |= zip(members, found, strict=True)
-    return [results[i] for i in range(len(started))]
+        group = [started[i] for i in members]
+        found = _train(group, step, dataset, tensorboard)
+        for i, result in zip(members, found, strict=True):
+            results[i] = result
+            if on_done is not None and isinstance(result, Result):
+                on_done(started[i], result)
+    errors = [str(r) for r in results.values() if isinstance(r, UserError)]
+    if errors:
+        raise UserError("; ".join(errors))
+    return [r for _, r in sorted(results.items()) if isinstance(r, Result)]
 
 
 def _restarts(started: Sequence[Run]) -> list[tuple[list[int], int]]:
@@ -92,13 +113,13 @@ def _restarts(started: Sequence[Run]) -> list[tuple[list[int], int]]:
     return groups
 
 
-def _train(members: list[Run], step: int, dataset, tensorboard: bool) -> list[Result]:
+def _train(
+    members: list[Run], step: int, dataset, tensorboard: bool
+) -> list[Result | UserError]:
     job = members[0].job
     creation = _creation(job)  # compiled once for all members
     states = [_start(run, step, creation) for run in members]
-    for run in members:
-        runs.claim(run.paths, run.record)
-    steps = make_steps(job.model.apply, job.make_tx, job.spec.mean, job.spec.std)
+    steps = make_steps(job.model.apply, job.make_method, job.spec.mean, job.spec.std)
     shared = len({run.job.data_seed for run in members}) == 1
     pop = population.make(
         steps,
@@ -109,11 +130,15 @@ def _train(members: list[Run], step: int, dataset, tensorboard: bool) -> list[Re
     )
     # Whatever can fail comes before the metrics are opened, which forgets rows.
     state = pop.join(states)
+    # After a kill the members' newest checkpoints may be one interval apart.
+    keep = max(job.keep_checkpoints, 2) if len(members) > 1 else job.keep_checkpoints
+    keep = keep if job.keep_checkpoints else 0
+    for run in members:
+        runs.claim(run.paths, run.record)
+        checkpoint.forget_after(run.paths.checkpoints, step)
     with contextlib.ExitStack() as stack:
         managers = [
-            stack.enter_context(
-                checkpoint.manager(run.paths.checkpoints, job.keep_checkpoints)
-            )
+            stack.enter_context(checkpoint.manager(run.paths.checkpoints, keep))
             for run in members
         ]
         progress = stack.enter_context(Progress(job.total_steps, step))
@@ -141,6 +166,7 @@ def _train(members: list[Run], step: int, dataset, tensorboard: bool) -> list[Re
             chunk=population.chunk_steps(job.chunk_steps),
             rewires=_table(partial(is_rewire, job.rule), job),
             learning_rate=[_table(run.job.learning_rate, job) for run in members],
+            failed={},
             drop_fraction=[
                 None if fraction is None else _table(fraction, job)
                 for fraction in (run.job.drop_fraction for run in members)
@@ -148,8 +174,8 @@ def _train(members: list[Run], step: int, dataset, tensorboard: bool) -> list[Re
         )
         state = loop.run(state, step)
     return [
-        Result(own, writer.rows)
-        for own, writer in zip(pop.split(state), writers, strict=True)
+        loop.failed.get(i) or Result(own, writer.rows)
+        for i, (own, writer) in enumerate(zip(pop.split(state), writers, strict=True))
     ]
 
 
@@ -226,6 +252,7 @@ class _Loop(NamedTuple):
     rewires: np.ndarray  # whether the update after n others rewires
     learning_rate: list[np.ndarray]
     drop_fraction: list[np.ndarray | None]
+    failed: dict[int, UserError]  # members that diverged; they leave no more traces
 
     def run(self, state: Any, start: int) -> Any:
         """From the state after `start` updates to that after all of them."""
@@ -238,9 +265,11 @@ class _Loop(NamedTuple):
             begin, end = done, self._end(done)
             rewires = bool(self.rewires[begin])
             args = self.knobs, self.data.train, self._indices(begin, end)
-            before = self._just_before(state, *args) if rewires else None
+            before = None
             if rewires:
-                state, measured = self.population.rewire(state, *args, self.data.grow)
+                state, measured, before = self.population.rewire(
+                    state, *args, self.data.grow
+                )
             elif self.chunk == 1:
                 state, measured = self.population.train(state, *args)
             else:
@@ -291,35 +320,45 @@ class _Loop(NamedTuple):
         alone = self.chunk == 1 or self.rewires[begin]
         return indices[0] if alone else indices
 
-    def _just_before(self, state, *args) -> list[Any]:
-        """The gradient norms of all members just before a rewire."""
-        if self.job.rule.timing == "after":  # the gradient step comes before it
-            copy = jax.tree.map(jnp.copy, state)
-            state, _ = self.population.train(copy, *args)
-        probed = self._of_members(self.population.probe(state, self.data.probe))
-        return [m["gradient_norm"] for m in probed]
-
     def _of_members(self, metrics_: Any) -> list[Any]:
         return jax.device_get(self.population.split(metrics_))
 
-    def _check(self, measured: Any, begin: int, saved: int | None) -> None:
-        """Stops at the first loss that is not finite; `begin` updates came before."""
-        for run, values in zip(self.members, self._of_members(measured), strict=True):
-            losses = np.atleast_1d(values["loss"])
-            for i in np.flatnonzero(~np.isfinite(losses))[:1]:
-                self._check_finite(
-                    run, "training loss", losses[i], begin + i + 1, saved
-                )
+    def _probe(self, state) -> list[Any]:
+        return self._of_members(self.population.probe(state, self.data.probe))
 
-    def _check_finite(self, run: Run, name: str, value, step, saved) -> None:
-        whose = f" of {run.paths.root}" if len(self.members) > 1 else ""
-        check_finite(f"the {name}{whose}", float(value), int(step), saved)
+    def _check(self, measured: Any, begin: int, saved: int | None) -> None:
+        """Looks for losses that are not finite; `begin` updates came before."""
+        for i, values in enumerate(self._of_members(measured)):
+            losses = np.atleast_1d(values["loss"])
+            for n in np.flatnonzero(~np.isfinite(losses))[:1]:
+                step = begin + int(n) + 1
+                self._check_finite(i, {"training_loss": losses[n]}, step, saved)
+
+    def _check_finite(self, i: int, values: Row, step: int, saved: int | None) -> bool:
+        """Whether a member goes on; raises the error of the last one that does not."""
+        if i in self.failed:
+            return False
+        whose = f" of {self.members[i].paths.root}" if len(self.members) > 1 else ""
+        try:
+            for name, value in values.items():
+                what = f"the {name.replace('_', ' ')}{whose}"
+                check_finite(what, float(value), step, saved)
+        except UserError as error:
+            self.failed[i] = error
+            if len(self.failed) == len(self.members):
+                raise UserError("; ".join(map(str, self.failed.values()))) from error
+            _LOG.warning("%s; the other members go on", error)
+        return i not in self.failed
 
     def _save(self, state) -> None:
-        for manager, own in zip(
-            self.managers, self.population.split(state), strict=True
-        ):
-            checkpoint.save(manager, own)
+        # All of the last step before any of this one: a kill then leaves members no
+        # more than one interval apart.
+        for manager in self.managers:
+            manager.wait_until_finished()
+        members = zip(self.managers, self.population.split(state), strict=True)
+        for i, (manager, own) in enumerate(members):
+            if i not in self.failed:
+                checkpoint.save(manager, own)
 
     def _record(
         self,
@@ -327,47 +366,50 @@ class _Loop(NamedTuple):
         step: int,
         saved: int | None,
         measured: Any = None,
-        before: list[Any] | None = None,
+        before: Any = None,
         evaluates: bool = True,
     ) -> None:
-        """Writes the rows of metrics of all members as they are now."""
+        """Writes the rows of metrics of all members as they are now.
+
+        Args:
+          state: of the population.
+          step: updates done.
+          saved: the step of the newest checkpoint.
+          measured: metrics of the last update, or of the last chunk of them.
+          before: the population just before the rewire of the last update.
+          evaluates: whether test loss and accuracy belong in the row.
+        """
         nothing = [{}] * len(self.members)
         found = zip(
-            self.members,
-            self.writers,
-            self.learning_rate,
-            self.drop_fraction,
             nothing if measured is None else self._of_members(measured),
-            [None] * len(self.members) if before is None else before,
-            self._of_members(self.population.probe(state, self.data.probe)),
+            nothing if before is None else self._probe(before),
+            self._probe(state),
             evaluate(self.population, state, self.data.test) if evaluates else nothing,
             strict=True,
         )
-        total = sum(self.sizes.values())
         rows = []
-        for run, writer, rate, fraction, last, norm, probed, tested in found:
-            # The last step of a chunk.
-            last = {k: float(np.atleast_1d(v)[-1]) for k, v in last.items()}
+        for i, (trained, rewired, probed, tested) in enumerate(found):
+            values = {k: float(np.atleast_1d(v)[-1]) for k, v in trained.items()}
             own = {k: int(n) for k, n in probed.pop("n_active").items()}
             n_active = {k: own.get(k, size) for k, size in self.sizes.items()}
-            values = {k: float(v) for k, v in probed.items()}
-            if norm is not None:
-                values["gradient_norm_before"] = float(norm)
+            values |= {k: float(v) for k, v in probed.items()} | tested
+            if rewired:
+                values["gradient_norm_before"] = float(rewired["gradient_norm"])
                 values["gradient_norm_after"] = values["gradient_norm"]
+            if not self._check_finite(i, values, step, saved):
+                continue
+            fraction = self.drop_fraction[i]
             row = {
                 "step": step,
-                "seed": run.job.seed,
-                "loss": last.get("loss"),
-                "accuracy": last.get("accuracy"),
-                "learning_rate": float(rate[step]),
+                "seed": self.members[i].job.seed,
+                "loss": values.pop("loss", None),
+                "accuracy": values.pop("accuracy", None),
+                "learning_rate": float(self.learning_rate[i][step]),
                 **values,
                 "drop_fraction": None if fraction is None else float(fraction[step]),
-                "density": sum(n_active.values()) / total,
+                "density": sum(n_active.values()) / sum(self.sizes.values()),
                 **{f"density/{k}": n / self.sizes[k] for k, n in n_active.items()},
-                **tested,
             }
-            for name, value in (values | tested).items():
-                self._check_finite(run, name.replace("_", " "), value, step, saved)
-            writer.write(row)
+            self.writers[i].write(row)
             rows.append(row)
         self.progress.report(rows)

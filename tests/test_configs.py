@@ -112,7 +112,7 @@ def abstract_run(job):
         tx = job.make_tx(network.masks, job.rewire_key, job.knobs)
         state = create(tx, network.params, network.batch_stats, job.step_key)
         spec = job.spec
-        steps = make_steps(job.model.apply, job.make_tx, spec.mean, spec.std)
+        steps = make_steps(job.model.apply, job.make_method, spec.mean, spec.std)
         data, grow_batch = jax.tree.map(jax.numpy.asarray, (batch, grow))
         args = job.knobs, data, jax.numpy.arange(job.batch_size)
         return steps.rewire(steps.train(state, *args)[0], *args, grow_batch)
@@ -123,7 +123,10 @@ def abstract_run(job):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_full_size_builds_without_data(name):
     job = build(get_config(name), 0)
-    state, measured = abstract_run(job)
+    state, measured, before = abstract_run(job)
+    assert jax.tree.map(lambda leaf: leaf.shape, before.params) == jax.tree.map(
+        lambda leaf: leaf.shape, state.params
+    )
     small = {"small_dense_lenet5": 2_399, "small_dense_mlp": 6_442}
     n_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     whole = {"lenet5": 44_426, "mlp": 266_610, "quickstart": 44_426}

@@ -1,7 +1,10 @@
 """Members trained together equal the same runs trained alone."""
 
 import itertools
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -208,16 +211,102 @@ def test_members_far_apart_go_on_each_from_where_it_is(tmp_path):
     assert (cut[0].paths.checkpoints / "9").stat().st_mtime_ns == kept
 
 
-def test_a_member_that_diverges_is_named(tmp_path):
+def test_a_member_goes_on_alone_from_where_the_others_took_it(tmp_path):
+    """Rolled back to the step of a slower one, a member loses rows and checkpoints
+    alike, so that it can go on without that one."""
+    fields = {"train__seeds": (0, 1), "sparsity__rule": "rigl"}
+    whole = train(started(tmp_path / "whole", **fields))
+    cut = started(tmp_path / "cut", **fields)
+    ahead = cut[1]._replace(job=cut[1].job._replace(total_steps=6))
+    train([ahead])
+    both = [run._replace(job=run.job._replace(total_steps=2)) for run in cut]
+    train(both)
+    (resumed,) = train([cut[1]])
+    assert [row["step"] for row in resumed.rows[-2:]] == [10, 12]
+    for a, b in zip(leaves(resumed), leaves(whole[1]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    steps = [row["step"] for row in metrics.read(cut[1].paths.metrics)]
+    assert set(steps) >= {row["step"] for row in whole[1].rows}
+
+
+def test_two_checkpoints_are_kept_while_members_save_one_after_another(tmp_path):
+    fields = {"train__seeds": (0, 1), "train__keep_checkpoints": 1}
+    cut = started(tmp_path, train__checkpoint_every_steps=3, **fields)
+    train(cut)
+    for run in cut:
+        assert checkpoint.steps_in(run.paths.checkpoints) == [0, 9, 12]
+
+
+def test_a_half_deleted_checkpoint_is_none(tmp_path):
+    (run,) = started(tmp_path)
+    train([run])
+    directory = run.paths.checkpoints
+    (directory / "12").rename(directory / "12.deleted")
+    shutil.rmtree(directory / "12.deleted" / "network")
+    assert checkpoint.steps_in(directory) == [0, 6]
+    checkpoint.forget_after(directory, 6)
+    assert {p.name for p in directory.iterdir()} == {"0", "6"}
+
+
+READ = """
+import sys
+from pathlib import Path
+from lottery_flow import checkpoint
+step, network = checkpoint.restore_network(Path(sys.argv[1]))
+print(step, network.params["fc1"]["kernel"].sum())
+"""
+
+
+def test_checkpoints_of_many_devices_are_read_on_one(tmp_path):
+    fields = {"train__seeds": (0, 1, 2, 3), "train__population": "together"}
+    cut = started(tmp_path, train__member_devices=4, **fields)
+    results = train(cut)
+    environment = os.environ | {"XLA_FLAGS": ""}
+    for run, result in zip(cut[:2], results, strict=False):
+        command = [sys.executable, "-c", READ, str(run.paths.checkpoints)]
+        found = subprocess.run(
+            command, env=environment, capture_output=True, text=True, cwd=run_cli.ROOT
+        )
+        assert found.returncode == 0, found.stderr
+        step, total = found.stdout.split()
+        assert step == "12"
+        expected = np.asarray(result.state.params["fc1"]["kernel"]).sum()
+        assert float(total) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_rule_on_a_network_without_masks(tmp_path):
+    (result,) = alone(
+        tmp_path, sparsity__rule="rigl", sparsity__sparsity=0.0, train__total_steps=4
+    )
+    assert result.rows[-1]["density"] == 1.0
+
+
+def test_a_sweep_of_one_seed_has_the_bits_of_single_runs(tmp_path):
+    fields = {"train__vary": "optim.learning_rate=0.05|0.1"}
+    expected = alone(tmp_path / "alone", **fields)
+    found = train(started(tmp_path / "both", **fields))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert_same(mine, theirs)
+
+
+def test_a_member_that_diverges_is_named_and_stops_no_other(tmp_path):
     fields = {"train__vary": "optim.learning_rate=0.05|1e30"}
     cut = started(tmp_path, **fields)
+    done = []
     with pytest.raises(UserError, match=r"run_1 is (nan|inf) at step \d+.*diverged"):
-        train(cut)
+        train(cut, on_done=lambda run, result: done.append((run, result)))
+    # The other one is finished, with the result that it has alone.
+    (expected,) = alone(tmp_path / "alone")
+    ((run, result),) = done
+    assert run.paths == cut[0].paths
+    assert_same(result, expected)
+    assert checkpoint.steps_in(cut[0].paths.checkpoints) == [0, 6, 12]
+    assert checkpoint.steps_in(cut[1].paths.checkpoints) == [0]
 
 
 def test_jobs_of_other_settings_are_refused(tmp_path):
     first, second = (started(tmp_path, train__batch_size=n)[0] for n in (16, 8))
-    with pytest.raises(ValueError, match="same setting"):
+    with pytest.raises(UserError, match=r"train\.batch_size differs between members"):
         train([first, second])
 
 
@@ -227,7 +316,7 @@ def test_jobs_of_other_settings_are_refused(tmp_path):
 def compiled(jobs, *, how: str, n_devices: int = 0, shared: bool = False):
     """The population of some jobs, its state, knobs, data and indices."""
     job = jobs[0]
-    steps = make_steps(job.model.apply, job.make_tx, job.spec.mean, job.spec.std)
+    steps = make_steps(job.model.apply, job.make_method, job.spec.mean, job.spec.std)
     pop = population.make(
         steps, len(jobs), lowering=how, n_devices=n_devices, shared=shared
     )
@@ -265,7 +354,7 @@ def test_the_state_is_donated_and_masks_are_bytes():
     """Bytes of state for each weight: 4 params, 4 momentum, 1 mask, none twice."""
     fields = {"model__widths": (400,), "sparsity__grow_examples": 0}
     job = run_cli.small_job(sparsity__rule="rigl", **fields)
-    steps = make_steps(job.model.apply, job.make_tx, job.spec.mean, job.spec.std)
+    steps = make_steps(job.model.apply, job.make_method, job.spec.mean, job.spec.std)
     _, (state,), _, data, indices = compiled([job], how="one_by_one")
     args = state, job.knobs, data, jnp.asarray(indices[0])
     found = jax.jit(steps.train, donate_argnums=0).lower(*args).compile()
@@ -321,15 +410,48 @@ def test_what_cannot_vary_is_one_sentence(vary, message):
         members(run_cli.small_config(train__vary=vary))
 
 
+def test_gradual_pruning_fixes_where_it_ends():
+    pruning = {"sparsity__rule": "gradual_pruning"}
+    config = run_cli.small_config(train__vary="sparsity.sparsity=0.5|0.8", **pruning)
+    with pytest.raises(UserError, match=r"sparsity\.sparsity cannot differ"):
+        members(config)
+
+
+def test_of_two_fields_that_follow_each_other_one_varies():
+    config = run_cli.small_config()
+    config.sparsity.weights_from = config.sparsity.get_ref("masks_from")
+    config.train.vary = "sparsity.masks_from=a|b; sparsity.weights_from=c|d"
+    with pytest.raises(UserError, match="follows another varied field"):
+        members(config)
+
+
+def test_a_seed_is_a_whole_number():
+    with pytest.raises(UserError, match="whole numbers"):
+        members(run_cli.small_config(train__seeds=(True, 0)))
+
+
 def test_members_with_other_dense_layers_cannot_be_stacked(tmp_path):
     fields = {"train__vary": "sparsity.sparsity=0.0|0.8"}
     with pytest.raises(UserError, match="same layers to be sparse"):
         train(started(tmp_path, train__population="together", **fields))
 
 
-@pytest.mark.parametrize(("n", "devices"), [(3, 2), (16, 16)])
-def test_devices_must_divide_the_members(n, devices):
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"member_devices": 2}, "does not divide the 3 members"),
+        ({"member_devices": 3, "population": "one_by_one"}, "are on one device"),
+    ],
+)
+def test_devices_that_cannot_be_used_are_one_sentence(fields, message):
+    fields = {f"train__{k}": v for k, v in fields.items()}
+    with pytest.raises(UserError, match=message):
+        members(run_cli.small_config(train__seeds=(0, 1, 2), **fields))
+
+
+def test_more_devices_than_there_are():
+    n = devices = 16
     job = run_cli.small_job()
-    steps = make_steps(job.model.apply, job.make_tx, job.spec.mean, job.spec.std)
-    with pytest.raises(UserError, match=f"train.member_devices={devices}: {n} members"):
+    steps = make_steps(job.model.apply, job.make_method, job.spec.mean, job.spec.std)
+    with pytest.raises(UserError, match=r"member_devices=16: there are 8 devices"):
         population.make(steps, n, lowering="together", n_devices=devices, shared=False)

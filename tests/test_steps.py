@@ -38,15 +38,14 @@ def batch(digits, start: int, n: int) -> dict[str, np.ndarray]:
 def start(job, inner=None):
     """The transformation (the job's, or around `inner`), the state, the steps."""
 
-    def make_tx(masks, key, knobs):
-        if inner is None:
-            return job.make_tx(masks, key, knobs)
-        return sparsify(inner, masks, job.rule, key=key)
+    def make_method(knobs):
+        return job.make_method(knobs) if inner is None else (inner, job.rule)
 
     network = job.make_network()
-    tx = make_tx(network.masks, job.rewire_key, job.knobs)
+    optimizer, rule = make_method(job.knobs)
+    tx = sparsify(optimizer, network.masks, rule, key=job.rewire_key)
     state = create(tx, network.params, network.batch_stats, job.step_key)
-    steps = make_steps(job.model.apply, make_tx, job.spec.mean, job.spec.std)
+    steps = make_steps(job.model.apply, make_method, job.spec.mean, job.spec.std)
     train, rewire = jax.jit(steps.train), jax.jit(steps.rewire)
 
     def whole(batch):
@@ -184,7 +183,12 @@ def test_a_rewire_step_equals_its_parts(digits, rule, timing, grows):
     params, opt_state = rewire_network(
         job.rule, inner, before.opt_state, before.params, dense
     )
-    after, _ = steps.rewire(state, now, grow)
+    after, _, just_before = steps.rewire(state, now, grow)
+    np.testing.assert_allclose(
+        steps.probe(just_before, probe)["gradient_norm"],
+        norm_in_numpy(before.params, before.masks, probe),
+        rtol=1e-5,
+    )
     assert_same_masks(after.masks, opt_state.masks)
     assert any(
         (a != b).any()
@@ -246,7 +250,7 @@ def test_the_host_driven_loop_equals_the_plain_optax_one(digits):
         now = batch(digits, 16 * i, 16)
         params, opt_state = plain_step(params, opt_state, now)
         if (i + 1) % 3 == 0:
-            state, _ = steps.rewire(state, now, grow)
+            state, _, _ = steps.rewire(state, now, grow)
         else:
             state, _ = steps.train(state, now)
     assert_same_masks(state.masks, opt_state.masks)

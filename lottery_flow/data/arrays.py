@@ -119,7 +119,7 @@ def padded_batches(
 
 # Room for a population: each member has a stream of its own, and all of them advance
 # together. One too small would draw every permutation anew at every step.
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=512)
 def _permutation(seed: int, epoch: int, n: int) -> Int32[np.ndarray, "n"]:
     """The order of one epoch; read-only, because every caller shares it."""
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))

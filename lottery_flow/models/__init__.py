@@ -30,7 +30,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-__all__ = ["LOWERINGS", "MODELS", "Model", "create"]
+__all__ = ["LOWERINGS", "MODELS", "Model", "create", "from_module"]
 
 
 class Model(NamedTuple):
@@ -58,7 +58,11 @@ def create(
     The same arguments give the same value, so that what was compiled for it is not
     compiled again.
     """
-    module = MODELS[name](n_classes=n_classes, **options)
+    return from_module(MODELS[name](n_classes=n_classes, **options), image_shape)
+
+
+def from_module(module: nn.Module, image_shape: tuple[int, int, int]) -> Model:
+    """Any module that is called as `module(images, train=...)` and returns logits."""
     example = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
 
     def init(key):

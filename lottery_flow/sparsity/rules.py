@@ -80,14 +80,13 @@ def drop_grow(
       - Ties are broken by the lower flat index, for dropping and for growing.
     """
 
-    def count(mask):
-        n_active = masks_lib.count_true(mask)
+    def to_drop(n_active):
         product = n_active.astype(jnp.float32) * jnp.asarray(fraction, jnp.float32)
-        n_drop = jnp.clip(jnp.floor(product).astype(jnp.int32), 0, n_active)
-        return n_drop, n_active - n_drop
+        return jnp.clip(jnp.floor(product).astype(jnp.int32), 0, n_active)
 
-    counts = jax.tree.map(count, masks)
-    n_drop, n_keep = jax.tree.transpose(jax.tree.structure(masks), None, counts)
+    n_active = jax.tree.map(masks_lib.count_true, masks)
+    n_drop = jax.tree.map(to_drop, n_active)
+    n_keep = jax.tree.map(jnp.subtract, n_active, n_drop)
     kept = topk_mask(drop_scores, n_keep, where=masks)
     grown = topk_mask(grow_scores, n_drop, where=jax.tree.map(jnp.logical_not, kept))
     return jax.tree.map(jnp.logical_or, kept, grown)

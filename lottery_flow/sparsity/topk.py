@@ -25,9 +25,10 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 _ROW = 1024
 _BITS = 16  # of one digit of the radix selection
 _BINS = 1 << _BITS
-# Entries selected together. The keys are a copy of the scores, and as large a copy of
-# a large network would show in its peak memory.
-_GROUP = 1 << 22
+# Entries, and arrays, selected together. The keys are a copy of the scores, and each
+# array has its histogram: for a large network both would show in its peak memory.
+_GROUP = 1 << 21
+_GROUP_ARRAYS = 128
 
 
 def topk_mask(
@@ -43,6 +44,9 @@ def topk_mask(
         never a rounded product.
       where: entries that may be chosen (all, if None), of the scores' shapes.
 
+    Raises:
+      ValueError: an array of 2^31 entries or more, or `where` of another shape.
+
     Returns:
       Boolean arrays of the scores' shapes.
 
@@ -56,6 +60,10 @@ def topk_mask(
     ks = treedef.flatten_up_to(k)
     eligible = [None] * len(leaves) if where is None else treedef.flatten_up_to(where)
     for leaf, allowed in zip(leaves, eligible, strict=True):
+        if leaf.size >= 2**31:
+            raise ValueError(
+                f"scores of shape {leaf.shape} have 2^31 entries or more; split them"
+            )
         if allowed is not None and allowed.shape != leaf.shape:
             raise ValueError(f"where has shape {allowed.shape}, scores {leaf.shape}")
     chosen: list[Array] = []
@@ -65,10 +73,11 @@ def topk_mask(
 
 
 def _groups(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Consecutive leaves, as many as hold `_GROUP` entries or a single one."""
+    """Consecutive arrays, as many as hold `_GROUP` entries or a single one."""
     groups, start, total = [], 0, 0
     for i, size in enumerate(sizes):
-        if i > start and total + size > _GROUP:
+        full = total + size > _GROUP or i - start == _GROUP_ARRAYS
+        if i > start and full:
             groups.append((start, i))
             start, total = i, 0
         total += size
