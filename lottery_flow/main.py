@@ -14,7 +14,8 @@ from lottery_flow import allocator, members, report, runs
 from lottery_flow import config as config_lib
 from lottery_flow.build import build, flat_fields
 from lottery_flow.errors import UserError
-from lottery_flow.train import Result, Run, train
+from lottery_flow.loop import Result, Run
+from lottery_flow.train import train
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, with an argument after a colon if it has one."

@@ -16,10 +16,11 @@ import run_cli
 from lottery_flow import checkpoint, metrics, population, runs
 from lottery_flow.build import build
 from lottery_flow.errors import UserError
+from lottery_flow.loop import Result, Run
 from lottery_flow.members import members
 from lottery_flow.state import create
 from lottery_flow.steps import make_steps
-from lottery_flow.train import Result, Run, _restarts, train
+from lottery_flow.train import _restarts, train
 
 
 @pytest.fixture(autouse=True, scope="module")

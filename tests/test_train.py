@@ -9,8 +9,9 @@ import pytest
 import run_cli
 
 from lottery_flow import checkpoint, metrics, models, runs
+from lottery_flow.loop import Result, Run
 from lottery_flow.sparsity import masks as masks_lib
-from lottery_flow.train import Result, Run, train
+from lottery_flow.train import train
 
 
 @pytest.fixture(autouse=True, scope="module")
