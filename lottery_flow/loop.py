@@ -88,13 +88,16 @@ class Loop(NamedTuple):
     failed: dict[int, UserError]  # members that diverged; they leave no more traces
 
     def run(self, state: Any, start: int) -> Any:
-        """From the state after `start` updates to that after all of them."""
+        """From the state after `start` updates to that after all of them.
+
+        Stops early where no member is left that has not diverged.
+        """
         job, saved = self.job, start
         if start == 0:
             self._record(state, 0, None)
             self._save(state)
         pending, done = None, start
-        while done < job.total_steps:
+        while done < job.total_steps and len(self.failed) < len(self.members):
             begin, end = done, self._end(done)
             rewires = bool(self.rewires[begin])
             args = self.knobs, self.data.train, self._indices(begin, end)
@@ -168,7 +171,7 @@ class Loop(NamedTuple):
                 self._check_finite(i, {"training_loss": losses[n]}, step, saved)
 
     def _check_finite(self, i: int, values: Row, step: int, saved: int | None) -> bool:
-        """Whether a member goes on; raises the error of the last one that does not."""
+        """Whether a member goes on; notes why, where it does not."""
         if i in self.failed:
             return False
         whose = f" of {self.members[i].paths.root}" if len(self.members) > 1 else ""
@@ -178,9 +181,8 @@ class Loop(NamedTuple):
                 check_finite(what, float(value), step, saved)
         except UserError as error:
             self.failed[i] = error
-            if len(self.failed) == len(self.members):
-                raise UserError("; ".join(map(str, self.failed.values()))) from error
-            _LOG.warning("%s; the other members go on", error)
+            if len(self.failed) < len(self.members):
+                _LOG.warning("%s; the other members go on", error)
         return i not in self.failed
 
     def _save(self, state) -> None:
@@ -245,4 +247,5 @@ class Loop(NamedTuple):
             }
             self.writers[i].write(row)
             rows.append(row)
-        self.progress.report(rows)
+        if rows:
+            self.progress.report(rows)

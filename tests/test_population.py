@@ -67,7 +67,7 @@ def assert_same(found: Result, expected: Result, rtol: float = 0.0) -> None:
 ROUNDING = 2e-5
 
 TABLE = {
-    "static_momentum": {"optim__name": "momentum"},
+    "static_momentum": {"optim__name": "momentum", "train__seeds": (0, 1)},
     "set_adam": {
         "sparsity__rule": "set",
         "optim__name": "adam",
@@ -76,7 +76,8 @@ TABLE = {
     },
     "rigl_keras_momentum": {
         "sparsity__rule": "rigl",
-        "train__vary": "optim.learning_rate=0.05|0.1; sparsity.drop_fraction=0.3|0.5",
+        "train__seeds": (0, 1),
+        "train__vary": "optim.learning_rate=0.05|0.1; sparsity.drop_fraction=0.3",
     },
     "rigl_inverted_adamw": {
         "sparsity__rule": "rigl_inverted",
@@ -84,12 +85,13 @@ TABLE = {
         "sparsity__grow_examples": 0,
         "optim__name": "adamw",
         "optim__learning_rate": 1e-3,
-        "train__vary": "sparsity.sparsity=0.7|0.8",
+        "train__vary": "sparsity.sparsity=0.7|0.8; sparsity.drop_fraction=0.5",
     },
     "gradual_pruning": {
         "sparsity__rule": "gradual_pruning",
         "sparsity__begin_steps": 2,
         "sparsity__end_steps": 8,
+        "train__seeds": (0, 1),
     },
 }
 
@@ -102,7 +104,7 @@ def singles(tmp_path_factory):
     def get(name: str) -> list[Result]:
         if name not in done:
             root = tmp_path_factory.mktemp(name)
-            done[name] = alone(root, train__seeds=(0, 1), **TABLE[name])
+            done[name] = alone(root, **TABLE[name])
         return done[name]
 
     return get
@@ -119,7 +121,7 @@ def singles(tmp_path_factory):
 )
 def test_a_member_equals_its_single_run(singles, tmp_path, name, how, chunk):
     fields = TABLE[name] | {"train__population": how, "train__chunk_steps": chunk}
-    found = train(started(tmp_path, train__seeds=(0, 1), **fields))
+    found = train(started(tmp_path, **fields))
     expected = singles(name)
     assert len(found) == len(expected) >= 2
     rtol = 0.0 if (how, chunk) == ("one_by_one", 1) else ROUNDING
