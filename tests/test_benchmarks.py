@@ -57,9 +57,12 @@ def test_the_plain_lenet5_is_the_same_network():
     setting = networks.SETTINGS["lenet5"]
     ours = networks.create_model(setting)
     plain = networks.create_model(setting._replace(name="plain_lenet5"))
-    variables = ours.init(jax.random.key(0))
+    variables = jax.jit(ours.init)(jax.random.key(0))
     images = jax.random.normal(jax.random.key(1), (3, 28, 28, 1))
-    found = [m.apply(variables["params"], {}, images, True)[0] for m in (ours, plain)]
+    found = [
+        jax.jit(m.apply, static_argnums=3)(variables["params"], {}, images, True)[0]
+        for m in (ours, plain)
+    ]
     np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5)
 
 
@@ -71,8 +74,8 @@ def test_the_dense_step_is_the_sparse_one_with_everything_active():
     state, steps = networks.sparse_steps(setting, model)
     dense, step = networks.dense_step(setting, model)
     masked = jax.tree.map(np.asarray, state.params)
-    (params, *_), (loss, _) = step((masked, *dense[1:]), data, indices)
-    new, measured = steps.train(state, {}, data, indices)
+    (params, *_), (loss, _) = jax.jit(step)((masked, *dense[1:]), data, indices)
+    new, measured = jax.jit(steps.train)(state, {}, data, indices)
     assert float(loss) == pytest.approx(float(measured["loss"]), rel=1e-5)
     mask = np.asarray(new.masks["fc1"]["kernel"])
     found, expected = (np.asarray(p["fc1"]["kernel"]) for p in (new.params, params))

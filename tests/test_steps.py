@@ -180,9 +180,8 @@ def test_a_rewire_step_equals_its_parts(digits, rule, timing, grows):
     seen = (before.params, grow) if grows else (state.params, now)
     dense = jax.jit(jax.grad(_loss(job)))(*seen)
     # A rewire after the gradient step counts it, one instead of it does not.
-    params, opt_state = rewire_network(
-        job.rule, inner, before.opt_state, before.params, dense
-    )
+    rewired = jax.jit(rewire_network, static_argnums=(0, 1))
+    params, opt_state = rewired(job.rule, inner, before.opt_state, before.params, dense)
     after, _, just_before = steps.rewire(state, now, grow)
     np.testing.assert_allclose(
         steps.probe(just_before, probe)["gradient_norm"],
