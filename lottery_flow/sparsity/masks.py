@@ -136,11 +136,10 @@ def count_true(flags: Bool[Array | np.ndarray, "..."]) -> Int[Array, ""]:
     XLA's CPU compiler makes one where it has to add up more than 32 at once.
     """
     flat = jnp.ravel(flags)
-    cut = flat.size // 1024 * 1024
-    rows = flat[:cut].reshape(-1, 32, 32)
+    cut = flat.size // 32 * 32
+    in_part = jnp.sum(flat[:cut].reshape(-1, 32), axis=1, dtype=jnp.int32)
     rest = jnp.sum(flat[cut:], dtype=jnp.int32)
-    in_row = jnp.sum(jnp.sum(rows, axis=2, dtype=jnp.int32), axis=1, dtype=jnp.int32)
-    return rest + jnp.sum(in_row, dtype=jnp.int32)
+    return rest + jnp.sum(in_part, dtype=jnp.int32)
 
 
 _count = jax.jit(count)  # one program instead of one for every layer

@@ -244,9 +244,8 @@ def _at_least(keys, threshold, n_ties, segments: _Segments) -> Bool[Array, "rows
 
 def _count_rows(flags: Bool[Array, "rows row"]) -> Int[Array, " rows"]:
     """True entries of each row; in two steps for the reason of `masks.count_true`."""
-    squares = flags.reshape(len(flags), 32, -1)
-    in_part = jnp.sum(squares, axis=2, dtype=jnp.int32)
-    return jnp.sum(in_part, axis=1, dtype=jnp.int32)
+    in_part = jnp.sum(flags.reshape(-1, 32), axis=1, dtype=jnp.int32)
+    return jnp.sum(in_part.reshape(len(flags), -1), axis=1, dtype=jnp.int32)
 
 
 def _materialize(values: Array) -> Array:
