@@ -17,5 +17,5 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Compilation makes the first example of a property slow; no test is timed.
-hypothesis.settings.register_profile("lottery_flow", deadline=None, max_examples=50)
+hypothesis.settings.register_profile("lottery_flow", deadline=None, max_examples=25)
 hypothesis.settings.load_profile("lottery_flow")
