@@ -157,25 +157,25 @@ def members(name: str, own: float = 1.0, shared: float = 0.8) -> Iterator[Ratio]
     state, steps_ = sparse_steps(setting, model)
     alone = f"{name}: alone"
 
-    def way(n: int, lowering: str, share: bool) -> Loop:
+    def loop(n: int, way: str, share: bool) -> Loop:
         states = [jax.tree.map(jnp.copy, state) for _ in range(n)]
-        pop = population.make(steps_, n, lowering=lowering, n_devices=0, shared=share)
+        pop = population.make(steps_, n, way=way, n_devices=0, shared=share)
         shape = (setting.batch_size,) if share else (n, setting.batch_size)
         indices = rng.integers(0, 1024, shape).astype(np.int32)
         args = pop.join([{}] * n), pop.place(images), indices
         return Loop(pop.train, pop.join(states), *args)
 
-    for lowering, share, sizes, target in (
+    for way, share, sizes, target in (
         ("auto", False, (1, 2, 5, 10, 20), own),
         ("together", False, (5, 10), None),
         ("together", True, (5, 10, 20), shared),
     ):
-        what = {"auto": "", "together": " in one program"}[lowering]
+        what = {"auto": "", "together": " in one program"}[way]
         what += ", shared batches" if share else ""
         units = {f"{name}: member of {n}{what}": n for n in sizes}
-        ways = {label: way(n, lowering, share) for label, n in units.items()}
+        ways = {label: loop(n, way, share) for label, n in units.items()}
         targets = {k: target for k, n in units.items() if n in (5, 10) and target}
-        ways[alone] = way(1, "one_by_one", False)
+        ways[alone] = loop(1, "one_by_one", False)
         yield from compare(ways, alone, targets=targets, units=units, rounds=7)
 
 

@@ -56,7 +56,7 @@ def build(config: ConfigDict, seed: int) -> Job:
         rule=_rule(config, shapes, fraction),
         make_method=make_method,
         knobs={k: np.float32(v) for k, v in knobs.items()},
-        make_network=lambda: _network(config, model, seed, n_active),
+        make_network=lambda: _network(config, model, shapes, seed, n_active),
         rewire_key=jax.random.fold_in(key, draw.REWIRE),
         step_key=jax.random.fold_in(key, draw.STEP),
         learning_rate=_scaled(decay, config.optim.learning_rate),
@@ -70,7 +70,7 @@ def build(config: ConfigDict, seed: int) -> Job:
         keep_checkpoints=config.train.keep_checkpoints,
         eval_every=config.eval.every_steps,
         eval_batch_size=config.eval.batch_size,
-        lowering=config.train.population,
+        population=config.train.population,
         member_devices=config.train.member_devices,
         chunk_steps=config.train.chunk_steps,
     )
@@ -221,19 +221,18 @@ def _rule(config, shapes, fraction) -> Rule:
     return make[sparsity.rule](due, fraction, timing=sparsity.timing)
 
 
-def _network(config, model, seed: int, n_active) -> checkpoint.Network:
+def _network(config, model, shapes, seed: int, n_active) -> checkpoint.Network:
     sparsity, key = config.sparsity, jax.random.key(seed)
-    shapes = jax.eval_shape(model.init, key)
     source_masks = source = None
     if sparsity.masks_from:
-        source_masks = _source(config, "masks", seed, shapes["params"]).masks
+        source_masks = _source(config, "masks", seed, shapes).masks
         if not jax.tree.leaves(source_masks):
             raise UserError(
                 f"sparsity.masks_from={sparsity.masks_from!r} is a dense network "
                 "without masks; give a sparse run, or leave it empty"
             )
     if sparsity.weights_from:
-        source = _source(config, "weights", seed, shapes["params"])
+        source = _source(config, "weights", seed, shapes)
     options = {
         "fan": config.model.init_fan,
         "distribution": config.model.init_distribution,

@@ -56,7 +56,7 @@ def fields(config: ConfigDict) -> None:
         _at_least(f"train.{field}", train[field], 1)
     for field in ("keep_checkpoints", "member_devices", "chunk_steps"):
         _at_least(f"train.{field}", train[field], 0)
-    _known("train.population", train.population, population.LOWERINGS)
+    _known("train.population", train.population, population.WAYS)
     _at_least("data.order_seed", config.data.order_seed, -1)
     _at_least("optim.warmup_steps", config.optim.warmup_steps, 0)
     _at_least("eval.every_steps", config.eval.every_steps, 0)

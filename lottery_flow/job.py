@@ -61,7 +61,7 @@ class Job(NamedTuple):
     keep_checkpoints: int
     eval_every: int
     eval_batch_size: int
-    lowering: str
+    population: str
     member_devices: int
     chunk_steps: int
 

@@ -52,7 +52,8 @@ class Data(NamedTuple):
     test: list[Batch]
 
     @classmethod
-    def of(cls, job: Job, dataset, place: Callable) -> "Data":
+    def of(cls, job: Job, dataset: arrays.Arrays, place: Callable) -> "Data":
+        """Puts a data set where `place` does, cut as the job says."""
         images, labels = dataset.train_images, dataset.train_labels
         n_probe, n_grow = job.probe_examples, job.grow_examples
         test = dataset.test_images, dataset.test_labels
@@ -144,11 +145,11 @@ class Loop(NamedTuple):
 
     def _indices(self, begin: int, end: int) -> np.ndarray:
         """The examples of the updates from `begin` on: [n s b], less axes of one."""
-        runs_ = self.members[:1] if self.shared else self.members
+        members = self.members[:1] if self.shared else self.members
         n, b = self.job.spec.n_train, self.job.batch_size
         indices = np.stack(
             [
-                [arrays.batch_indices(run.job.data_seed, t, n, b) for run in runs_]
+                [arrays.batch_indices(run.job.data_seed, t, n, b) for run in members]
                 for t in range(begin, end)
             ]
         )
@@ -164,8 +165,9 @@ class Loop(NamedTuple):
 
     def _check(self, measured: Any, begin: int, saved: int | None) -> None:
         """Looks for losses that are not finite; `begin` updates came before."""
-        for i, values in enumerate(self._of_members(measured)):
-            losses = np.atleast_1d(values["loss"])
+        # The losses alone: this is fetched at every step.
+        split = [m["loss"] for m in self.population.split(measured)]
+        for i, losses in enumerate(map(np.atleast_1d, jax.device_get(split))):
             for n in np.flatnonzero(~np.isfinite(losses))[:1]:
                 step = begin + int(n) + 1
                 self._check_finite(i, {"training_loss": losses[n]}, step, saved)

@@ -32,7 +32,7 @@ from lottery_flow.sparsity.transform import SparseState
 from lottery_flow.state import TrainState
 from lottery_flow.steps import Steps
 
-LOWERINGS = ("auto", "one_by_one", "together")
+WAYS = ("auto", "one_by_one", "together")
 # Steps of a chunk on accelerators, where nobody asks for another number.
 _CHUNK = 100
 
@@ -73,15 +73,13 @@ class Population(NamedTuple):
     evaluate: Callable
 
 
-def make(
-    steps: Steps, n: int, *, lowering: str, n_devices: int, shared: bool
-) -> Population:
+def make(steps: Steps, n: int, *, way: str, n_devices: int, shared: bool) -> Population:
     """The population of `n` members, in the way that suits the backend.
 
     Args:
       steps: of one member.
       n: number of members.
-      lowering: `auto`, or one of the ways above.
+      way: `auto`, or one of the two above.
       n_devices: to spread the members over; 0 chooses.
       shared: whether all members see the same batches.
 
@@ -94,10 +92,10 @@ def make(
             f"train.member_devices={n_devices}: there are {there} devices; give at "
             "most as many, or 0"
         )
-    if lowering == "auto":
+    if way == "auto":
         single = n == 1 or (cpu and n_devices <= 1)
-        lowering = "one_by_one" if single else "together"
-    if lowering == "one_by_one":
+        way = "one_by_one" if single else "together"
+    if way == "one_by_one":
         return one_by_one(steps, shared=shared)
     if not n_devices:
         n_devices = 1 if cpu else there

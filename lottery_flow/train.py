@@ -98,15 +98,15 @@ def _train(
     pop = population.make(
         steps,
         len(members),
-        lowering=job.lowering,
+        way=job.population,
         n_devices=job.member_devices,
         shared=shared,
     )
     # Whatever can fail comes before the metrics are opened, which forgets rows.
     state = pop.join(states)
-    # After a kill the members' newest checkpoints may be one interval apart.
-    keep = max(job.keep_checkpoints, 2) if len(members) > 1 else job.keep_checkpoints
-    keep = keep if job.keep_checkpoints else 0
+    keep = job.keep_checkpoints
+    if keep and len(members) > 1:
+        keep = max(keep, 2)  # a kill may leave newest checkpoints an interval apart
     for run in members:
         runs.claim(run.paths, run.record)
         checkpoint.forget_after(run.paths.checkpoints, step)

@@ -25,6 +25,17 @@ from lottery_flow.models.layers import Conv
 he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
+def unbiased(network: Any) -> Callable:
+    """`Conv` without bias, with the dtype, initialiser and lowering of a network."""
+    return partial(
+        Conv,
+        use_bias=False,
+        dtype=network.dtype,
+        kernel_init=network.kernel_init,
+        lowering=network.lowering,
+    )
+
+
 def normalize(
     x: Float[Array, "b h w c"], train: bool, name: str, **options: Any
 ) -> Float[Array, "b h w c"]:
@@ -118,13 +129,7 @@ class ResNet(nn.Module):
     def __call__(
         self, images: Float[Array, "b h w c"], train: bool = False
     ) -> Float[Array, "b n_classes"]:
-        conv = partial(
-            Conv,
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=self.kernel_init,
-            lowering=self.lowering,
-        )
+        conv = unbiased(self)
         x = conv(scaled(64, self.width), (7, 7), 2, 3, name="conv1")(images)
         x = nn.relu(normalize(x, train, "norm1"))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")

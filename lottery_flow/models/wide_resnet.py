@@ -15,8 +15,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lottery_flow.models.layers import Conv
-from lottery_flow.models.resnet import he_fan_out, head, normalize, scaled
+from lottery_flow.models.resnet import he_fan_out, head, normalize, scaled, unbiased
 
 
 class WideBlock(nn.Module):
@@ -76,13 +75,7 @@ class WideResNet(nn.Module):
     ) -> Float[Array, "b n_classes"]:
         if self.depth < 10 or (self.depth - 4) % 6:
             raise ValueError(f"depth={self.depth}: must be 10, 16, 22, ... = 6 n + 4")
-        conv = partial(
-            Conv,
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=self.kernel_init,
-            lowering=self.lowering,
-        )
+        conv = unbiased(self)
         x = conv(scaled(16, self.width), (3, 3), 1, 1, name="conv1")(images)
         for i in range(3):
             for j in range((self.depth - 4) // 6):

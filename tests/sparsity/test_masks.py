@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
+from uniformity import p_value_uniform
 
 from lottery_flow.sparsity import masks as masks_lib
 
@@ -37,16 +37,6 @@ def two_params():
         "b": {"bias": jnp.zeros(3), "kernel": jnp.zeros((1, 3))},
         "c": {"bias": jnp.zeros(2), "kernel": jnp.zeros((2, 2))},
     }
-
-
-def p_value_uniform(masks, n_active):
-    """Chi-square of how often each position is chosen, n_active at a time."""
-    draws, size = masks.shape
-    p = n_active / size
-    excess = masks.sum(axis=0) - draws * p
-    # Draws without replacement: their covariance has size - 1 equal eigenvalues.
-    statistic = (excess**2).sum() / (draws * p * (1 - p)) * (size - 1) / size
-    return stats.chi2.sf(statistic, size - 1)
 
 
 # Names

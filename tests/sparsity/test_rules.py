@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from scipy import stats
+from uniformity import p_value_uniform
 
 from lottery_flow.sparsity import criteria, rules, schedules
 
@@ -201,16 +201,9 @@ def grown_by(rule, n_draws=2000):
     return np.delete(new, [3, 4], axis=1)
 
 
-def p_value_uniform(grown, n_grown=3):
-    n_draws, size = grown.shape
-    p = n_grown / size
-    excess = grown.sum(axis=0) - n_draws * p
-    statistic = (excess**2).sum() / (n_draws * p * (1 - p)) * (size - 1) / size
-    return stats.chi2.sf(statistic, size - 1)
-
-
 def test_set_grows_uniformly_over_all_positions_not_kept():
-    assert p_value_uniform(grown_by(rules.set_(always, schedules.constant(0.6)))) > 1e-3
+    rule = rules.set_(always, schedules.constant(0.6))
+    assert p_value_uniform(grown_by(rule), 3) > 1e-3
 
 
 def test_the_test_of_uniformity_rejects_a_slight_bias():
@@ -218,7 +211,7 @@ def test_the_test_of_uniformity_rejects_a_slight_bias():
         return criteria.random(key, weights, grads) + jnp.where(weights > 0, 0.1, 0.0)
 
     rule = rules.drop_and_grow(always, schedules.constant(0.6), grow=biased)
-    assert p_value_uniform(grown_by(rule)) < 1e-6
+    assert p_value_uniform(grown_by(rule), 3) < 1e-6
 
 
 def test_set_draws_differ_by_key_and_layer():
