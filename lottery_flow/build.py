@@ -1,4 +1,4 @@
-"""From a configuration to plain values: the only reader of configs.
+"""From a configuration to plain values: nothing after it reads one.
 
 What makes no sense is rejected here, before anything is computed or written, in one
 sentence that names the field, its value and the remedy.
