@@ -1,0 +1,68 @@
+"""Results as values: NamedTuples of arrays, or tidy frames; saved and read again.
+
+A NamedTuple goes into an `.npz` file (arrays alone, nothing in it can execute code), a
+frame into a `.csv` file. Every result NamedTuple has a method `frame()`, the same as a
+tidy table: one observation a row.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import matplotlib.figure
+import numpy as np
+import pandas as pd
+
+Result = TypeVar("Result")
+
+
+def save(path: str | Path, result: Any) -> Path:
+    """Writes a result whole or not at all.
+
+    Args:
+      path: ends in `.npz` for a NamedTuple of arrays, in `.csv` for a frame (or for
+        the `frame()` of a NamedTuple), in `.png`, `.pdf` or `.svg` for a figure.
+      result: what to write.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name("." + path.name)
+    if isinstance(result, matplotlib.figure.Figure):
+        result.savefig(temporary, dpi=150)
+    elif path.suffix == ".csv":
+        frame = result if isinstance(result, pd.DataFrame) else result.frame()
+        frame.to_csv(temporary, index=False)
+    elif path.suffix == ".npz":
+        fields = {k: np.asarray(v) for k, v in result._asdict().items()}
+        np.savez(temporary, **fields)
+    else:
+        raise ValueError(f"{path} ends in {path.suffix!r}; write .npz, .csv or .png")
+    os.replace(temporary, path)
+    return path
+
+
+def load(path: str | Path, kind: type[Result] | None = None) -> Any:
+    """Reads what `save` wrote.
+
+    Args:
+      path: of an `.npz` or a `.csv` file.
+      kind: the NamedTuple that an `.npz` file holds; not used for a `.csv`.
+
+    Returns:
+      A NamedTuple `kind` of numpy arrays, or a frame.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    path = Path(path)
+    if path.suffix == ".csv":
+        return pd.read_csv(path)
+    with np.load(path, allow_pickle=False) as found:
+        fields = {k: found[k] for k in found.files}
+    wanted = getattr(kind, "_fields", ())
+    if kind is None or set(wanted) != set(fields):
+        raise ValueError(
+            f"{path} holds the fields {', '.join(fields)}; give the kind of result "
+            f"that has them, not {getattr(kind, '__name__', kind)}"
+        )
+    return kind(**fields)

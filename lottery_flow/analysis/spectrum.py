@@ -1,0 +1,336 @@
+"""The exact Hessian of the active parameters, and all its eigenvalues.
+
+    H = G + R        G = mean of J_i^T C_i J_i     R = mean of sum_c s_ic d2 z_ic
+
+J_i is the Jacobian of the logits z_i of example i, C_i and s_i second and first
+derivatives of its criterion. G is a product of tall matrices that 10 passes per example
+fill; R has no block where the network is linear, for instance within a layer of a ReLU
+network, and of two leaves the one with fewer active entries gives the directions, since
+R is symmetric. Together this takes a small part of the passes that one product for each
+parameter would. Where examples depend on each other (norms with the statistics of the
+batch), or where there is a loss alone, H is made of products.
+
+The spectra of sparse networks along training, and before and after a rewire, are those
+of Evci et al. 2022 (sec. 4.2); there as here of the mean cross-entropy without penalty.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lottery_flow.analysis import batches as batches_lib
+from lottery_flow.analysis import figures
+from lottery_flow.analysis.active import ActiveSpace, active_space
+from lottery_flow.analysis.batches import Batches
+from lottery_flow.analysis.curvature import Progress, dtype, with_fixed_slopes
+from lottery_flow.analysis.objective import LossFn, Objective
+from lottery_flow.sparsity.masks import Masks, Params
+
+Network = tuple[Params, Masks | None]  # (params, masks)
+
+
+class Spectrum(NamedTuple):
+    """All eigenvalues of a symmetric matrix over the active parameters.
+
+    Attributes:
+      eigenvalues: float64, ascending, without those of the dead coordinates.
+      n_dead: coordinates whose row is exactly zero: parameters of units that are
+        inactive for every example. Their zeros are not curvature.
+    """
+
+    eigenvalues: np.ndarray
+    n_dead: int
+
+    def counts(self, tolerance: float = 1e-6) -> dict[str, int]:
+        """How many eigenvalues are `negative`, `zero`, `positive`, and `dead`.
+
+        Args:
+          tolerance: relative to the largest by magnitude; what is nearer to zero
+            counts as zero. In float32 rounding alone makes many of about 1e-7.
+        """
+        bound = tolerance * np.max(np.abs(self.eigenvalues), initial=0.0)
+        negative = int(np.sum(self.eigenvalues < -bound))
+        positive = int(np.sum(self.eigenvalues > bound))
+        zero = len(self.eigenvalues) - negative - positive
+        return {
+            "negative": negative,
+            "zero": zero,
+            "positive": positive,
+            "dead": int(self.n_dead),
+        }
+
+    def negative_mass(self) -> float:
+        """Sum of the magnitudes of negative eigenvalues, over that of all."""
+        magnitudes = np.abs(self.eigenvalues)
+        return float(np.sum(magnitudes[self.eigenvalues < 0]) / np.sum(magnitudes))
+
+    def frame(self) -> pd.DataFrame:
+        """A row for each eigenvalue, those of dead coordinates last."""
+        alive, dead = len(self.eigenvalues), int(self.n_dead)
+        return pd.DataFrame(
+            {
+                "index": np.arange(alive + dead),
+                "eigenvalue": np.concatenate([self.eigenvalues, np.zeros(dead)]),
+                "dead": np.arange(alive + dead) >= alive,
+            }
+        )
+
+
+def spectrum(matrix: np.ndarray) -> Spectrum:
+    """The eigenvalues of a symmetric matrix, float64 [n n], on the host."""
+    alive = np.any(matrix != 0, axis=1)
+    inner = matrix[np.ix_(alive, alive)]
+    return Spectrum(np.linalg.eigvalsh(inner), int(np.sum(~alive)))
+
+
+def exact_spectrum(
+    objective: Objective | LossFn,
+    params: Params,
+    masks: Masks | None,
+    batches: Batches,
+    *,
+    block: int = 32,
+    progress: Progress | None = None,
+) -> Spectrum:
+    """All eigenvalues of `hessian_matrix`."""
+    matrix = hessian_matrix(
+        objective, params, masks, batches, block=block, progress=progress
+    )
+    return spectrum(matrix)
+
+
+def rewire_spectra(
+    objective: Objective | LossFn,
+    before: Network,
+    after: Network,
+    batches: Batches,
+    *,
+    block: int = 32,
+    progress: Progress | None = None,
+) -> tuple[Spectrum, Spectrum]:
+    """The spectra just before and just after a rewire, on the same batches."""
+    options: dict[str, Any] = {"block": block, "progress": progress}
+    return (
+        exact_spectrum(objective, *before, batches, **options),
+        exact_spectrum(objective, *after, batches, **options),
+    )
+
+
+def hessian_matrix(
+    objective: Objective | LossFn,
+    params: Params,
+    masks: Masks | None,
+    batches: Batches,
+    *,
+    block: int = 32,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """The Hessian of the mean loss over the active parameters, float64 [n n].
+
+    Args:
+      objective: a separable `Objective` is split as above; any other, or a loss
+        function `(params, batch) -> scalar`, is differentiated once per direction.
+      params: where it is taken.
+      masks: what is active; None: everything.
+      batches: some hundred examples each are about right: the Jacobians of a batch, as
+        big as examples x logits x parameters, are in memory at once.
+      block: directions taken at once.
+      progress: called with (batches done, all batches).
+
+    Guarantees:
+      - Equals the rows and columns of `jax.hessian` that belong to active parameters.
+      - Exactly symmetric.
+    """
+    space = active_space(params, masks)
+    n = batches_lib.total(batches)
+    matrix = np.zeros((space.n, space.n))
+    split = isinstance(objective, Objective) and objective.separable
+    outer = jax.jit(lambda p, batch: _outer(objective, space, p, batch))
+
+    def rest(p, at, batch):
+        if split:
+            return with_fixed_slopes(objective, at, batch)(p)
+        whole: Any = objective.loss if isinstance(objective, Objective) else objective
+        return whole(p, batch)
+
+    plan = _plan(rest, space, params, batches, block)
+    for i, batch in enumerate(batches):
+        weight = batches_lib.size(batch) / n
+        if split:
+            matrix += weight * np.asarray(outer(params, batch), np.float64)
+        _add(matrix, weight, plan, params, batch)
+        if progress is not None:
+            progress(i + 1, len(batches))
+    if split and objective.penalty is not None:
+        penalty: Any = objective.penalty
+        plan = _plan(lambda p, at, _: penalty(p), space, params, [()], block)
+        _add(matrix, 1.0, plan, params, ())
+    return (matrix + matrix.T) / 2
+
+
+def plot_spectrum(*results: Spectrum, labels: tuple[str, ...] = ()) -> Figure:
+    """Histograms of eigenvalues, on axes linear near zero and logarithmic beyond."""
+    fig, ax = figures.new()
+    top = max(np.max(np.abs(r.eigenvalues)) for r in results)
+    tail = np.geomspace(1e-6, 1, 60) * top
+    edges = np.concatenate([-tail[::-1], tail])
+    for i, result in enumerate(results):
+        label = labels[i] if labels else None
+        ax.hist(result.eigenvalues, edges, histtype="step", label=label)
+    ax.set_xscale("symlog", linthresh=1e-5 * top)
+    ax.set(xlabel="eigenvalue", ylabel="number", yscale="log")
+    if labels:
+        ax.legend()
+    return fig
+
+
+def _outer(objective: Objective, space: ActiveSpace, params, batch):
+    """The Gauss-Newton part of one batch, [n n]."""
+
+    def of_one(p, example):
+        one = jax.tree.map(lambda x: x[None], example)
+        return objective.logits(p, one)[0]
+
+    def jacobian(example):
+        logits, pull_back = jax.vjp(lambda p: of_one(p, example), params)
+        units = jnp.eye(len(logits), dtype=logits.dtype)
+        rows = jax.vmap(lambda u: space.flatten(pull_back(u)[0]))(units)
+        one = jax.tree.map(lambda x: x[None], example)
+        curvature = jax.hessian(lambda z: objective.criterion(z[None], one)[0])(logits)
+        return rows, curvature @ rows
+
+    rows, curved = jax.vmap(jacobian)(batch)
+    n_examples = rows.shape[0]
+    return jnp.einsum("bci,bcj->ij", rows, curved) / n_examples
+
+
+class _Rows(NamedTuple):
+    """How the rows of one group of leaves are computed, and where they belong.
+
+    Attributes:
+      own: coordinates of the group, int [g].
+      columns: coordinates that the rows reach, int [m].
+      make: `(params, begin, batch) -> [block m]`, the rows of `block` coordinates of
+        the group from its own number `begin` on, as far as there are.
+    """
+
+    own: np.ndarray
+    columns: np.ndarray
+    make: Callable
+
+
+def _groups(space: ActiveSpace) -> list[list[int]]:
+    """The numbers of the leaves of each module: a kernel and its bias, say."""
+    placeholder = jax.tree.unflatten(space.treedef, space.shapes)
+    groups: dict[Any, list[int]] = {}
+    for i, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(placeholder)):
+        groups.setdefault(path[:-1], []).append(i)
+    return list(groups.values())
+
+
+def _coordinates(space: ActiveSpace, leaves: list[int]) -> np.ndarray:
+    parts = list(space.layers.values())
+    return np.concatenate([np.arange(parts[i].start, parts[i].stop) for i in leaves])
+
+
+def _plan(fn: Callable, space: ActiveSpace, params, batches, block: int) -> list[_Rows]:
+    """How to compute the Hessian of `fn(params, at, batch)`: each pair of groups once.
+
+    Of a pair the one with fewer active entries gives the directions.
+    """
+    groups = _groups(space)
+    coordinates = [_coordinates(space, group) for group in groups]
+    depends = _dependence(fn, space, coordinates, params, batches)
+    rank = sorted(range(len(groups)), key=lambda g: len(coordinates[g]))
+    plan = []
+    for i, g in enumerate(rank):
+        targets = [h for h in rank[i:] if depends[g, h]]
+        if targets:
+            wanted = [leaf for h in targets for leaf in groups[h]]
+            make = jax.jit(_rows(fn, space, groups[g], wanted, block))
+            plan.append(_Rows(coordinates[g], _coordinates(space, wanted), make))
+    return plan
+
+
+def _add(matrix: np.ndarray, weight: float, plan: list[_Rows], params, batch) -> None:
+    """Adds the Hessian of one batch, times `weight`."""
+    for own, columns, make in plan:
+        others = ~np.isin(columns, own)
+        begin = 0
+        while begin < len(own):
+            found = weight * np.asarray(
+                make(params, np.int32(begin), batch), np.float64
+            )
+            rows = own[begin : begin + len(found)]
+            found = found[: len(rows)]
+            matrix[np.ix_(rows, columns)] += found
+            matrix[np.ix_(columns[others], rows)] += found[:, others].T
+            begin += len(rows)
+
+
+def _dependence(
+    fn: Callable, space: ActiveSpace, coordinates: list[np.ndarray], params, batches
+) -> np.ndarray:
+    """Whether the gradient of a group depends on another, bool [g g].
+
+    A direction that is nan in one group makes every gradient nan that depends on that
+    group, for some example; where none does, the block is zero.
+    """
+
+    @jax.jit
+    def products(params, directions, batch):
+        def one(direction):
+            grad = jax.grad(lambda p: fn(p, params, batch))
+            tangent = space.unflatten(direction)
+            return space.flatten(jax.jvp(grad, (params,), (tangent,))[1])
+
+        return jax.vmap(one)(directions)
+
+    n = len(coordinates)
+    directions = np.zeros((n, space.n), dtype(space))
+    for g, own in enumerate(coordinates):
+        directions[g, own] = np.nan
+    depends = np.zeros((n, n), bool)
+    for batch in batches:
+        touched = np.isnan(np.asarray(products(params, directions, batch)))
+        for h, own in enumerate(coordinates):
+            depends[:, h] |= np.any(touched[:, own], axis=1)
+    return depends | depends.T
+
+
+def _rows(
+    fn: Callable, space: ActiveSpace, group: list[int], wanted: list[int], block: int
+) -> Callable:
+    """See `_Rows.make`. Differentiates along one group alone, so that what comes before
+    it in the network has no derivative to compute."""
+    sizes = [part.stop - part.start for part in space.layers.values()]
+    ends = np.cumsum([sizes[i] for i in group])
+
+    def make(params, begin, batch):
+        leaves = space.treedef.flatten_up_to(params)
+
+        def gradients(moved):
+            tree = list(leaves)
+            for i, leaf in zip(group, moved, strict=True):
+                tree[i] = leaf
+            tree = space.treedef.unflatten(tree)
+            grads = jax.grad(lambda p: fn(p, params, batch))(tree)
+            found = space.treedef.flatten_up_to(grads)
+            return jnp.concatenate([space.entries(j, found[j]) for j in wanted])
+
+        def row(unit):
+            parts = jnp.split(unit, ends[:-1])
+            own = [leaves[i] for i in group]
+            along = [space.scatter(i, p) for i, p in zip(group, parts, strict=True)]
+            return jax.jvp(gradients, (own,), (along,))[1]
+
+        numbers = begin + jnp.arange(block, dtype=jnp.int32)
+        units = jax.nn.one_hot(numbers, ends[-1], dtype=dtype(space))
+        return jax.vmap(row)(units)
+
+    return make

@@ -1,0 +1,142 @@
+"""The exact Hessian against jax.hessian, split or not."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from small_networks import dense_hessian, network
+
+from lottery_flow.analysis import batches as batches_lib
+from lottery_flow.analysis import results, spectrum
+from lottery_flow.analysis.active import active_space
+from lottery_flow.sparsity import masks as masks_lib
+
+
+@pytest.mark.parametrize(
+    ("norm", "activation", "options"),
+    [
+        (False, nn.tanh, {}),
+        (True, nn.relu, {}),
+        (True, nn.relu, {"norms": "batch", "weight_decay": 0.3}),
+        (True, nn.relu, {"weight_decay": 0.3}),
+    ],
+    ids=["smooth", "relu", "batch", "decay"],
+)
+def test_it_equals_the_dense_hessian(norm, activation, options):
+    with jax.enable_x64(True):
+        net = network(norm=norm, activation=activation)
+        objective = net.objective(**options)
+        batches = batches_lib.split(net.data, 4)
+        args = net.params, net.masks, batches
+        found = spectrum.hessian_matrix(objective, *args, block=7)
+        wanted = dense_hessian(objective.loss, *args)
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12)
+        np.testing.assert_array_equal(found, found.T)
+
+
+def test_a_bare_loss_function():
+    with jax.enable_x64(True):
+        net = network()
+        loss = net.objective().loss
+        args = net.params, net.masks, [net.data]
+        found = spectrum.hessian_matrix(loss, *args)
+        np.testing.assert_allclose(found, dense_hessian(loss, *args), atol=1e-12)
+
+
+def test_blocks_within_a_layer_are_left_out_only_where_they_are_zero():
+    """Of a ReLU network's residual; a smooth one has them."""
+    with jax.enable_x64(True):
+        for activation, own in ((nn.relu, False), (nn.tanh, True)):
+            net = network(activation=activation)
+            objective = net.objective()
+
+            def rest(p, at, batch, objective=objective):
+                return spectrum.with_fixed_slopes(objective, at, batch)(p)
+
+            space = active_space(net.params, net.masks)
+            groups = spectrum._groups(space)  # conv, hidden, logits
+            coordinates = [spectrum._coordinates(space, g) for g in groups]
+            depends = spectrum._dependence(
+                rest, space, coordinates, net.params, [net.data]
+            )
+            # The logits are linear in the last layer in any case.
+            wanted = [[own, True, True], [True, own, True], [True, True, False]]
+            np.testing.assert_array_equal(depends, wanted)
+
+
+def test_what_depends_is_seen_in_any_batch():
+    """The first batch leaves the unit off, the second turns it on."""
+    with jax.enable_x64(True):
+
+        def loss(p, batch):
+            z = jax.nn.relu(p["a"]["w"] @ batch["x"].T)
+            return jnp.mean(p["b"]["w"] * z)
+
+        params = {"a": {"w": jnp.ones(1)}, "b": {"w": jnp.ones(1)}}
+        batches = [{"x": -np.ones((1, 1))}, {"x": np.ones((1, 1))}]
+        found = spectrum.hessian_matrix(loss, params, None, batches)
+        np.testing.assert_allclose(found, [[0, 0.5], [0.5, 0]])
+
+
+def test_eigenvalues_by_hand():
+    matrix = np.zeros((5, 5))
+    matrix[:2, :2] = [[0, 2], [2, 0]]  # -2 and 2
+    matrix[2, 2] = 1e-9
+    matrix[4, 4] = -0.5
+    found = spectrum.spectrum(matrix)
+    np.testing.assert_allclose(found.eigenvalues, [-2, -0.5, 1e-9, 2], atol=1e-15)
+    assert found.n_dead == 1
+    assert found.counts() == {"negative": 2, "zero": 1, "positive": 1, "dead": 1}
+    assert found.counts(1e-12)["positive"] == 2
+    assert found.counts(0.5)["negative"] == 1
+    np.testing.assert_allclose(found.negative_mass(), 2.5 / 4.5)
+    frame = found.frame()
+    assert frame["dead"].tolist() == [False] * 4 + [True]
+    assert len(frame) == 5
+
+
+def test_dead_units_are_counted_apart():
+    with jax.enable_x64(True):
+        net = network(activation=nn.relu)
+        params = net.params
+        bias = jnp.full_like(params["hidden"]["bias"], -1e3)  # no unit is ever on
+        params = params | {"hidden": params["hidden"] | {"bias": bias}}
+        args = params, net.masks, [net.data]
+        found = spectrum.exact_spectrum(net.objective(), *args)
+        # Only the biases of the logits are left.
+        assert found.n_dead == 75 - 3
+        assert found.counts()["dead"] == 72
+        assert found.counts()["positive"] == 2  # of a softmax over three
+
+
+def test_before_and_after_a_rewire():
+    with jax.enable_x64(True):
+        net = network()
+        masks = masks_lib.shuffle(jax.random.key(7), net.masks)
+        other = masks_lib.apply(masks, net.params), masks
+        seen = []
+        before, after = spectrum.rewire_spectra(
+            net.objective(),
+            (net.params, net.masks),
+            other,
+            batches_lib.split(net.data, 6),
+            progress=lambda *at: seen.append(at),
+        )
+        assert seen == [(1, 2), (2, 2)] * 2
+        alone = spectrum.exact_spectrum(net.objective(), *other, [net.data])
+        np.testing.assert_allclose(after.eigenvalues, alone.eigenvalues, atol=1e-12)
+        assert np.abs(after.eigenvalues[-1] - before.eigenvalues[-1]) > 1e-6
+
+
+def test_results_are_saved_and_shown(tmp_path):
+    found = spectrum.spectrum(np.diag([-1.0, 0.0, 2.0, 3.0]))
+    path = results.save(tmp_path / "a.npz", found)
+    again = results.load(path, spectrum.Spectrum)
+    assert again.counts() == found.counts()
+    assert again.frame().equals(found.frame())
+    figure = spectrum.plot_spectrum(found, found, labels=("before", "after"))
+    assert isinstance(figure, Figure)
+    heights = figure.axes[0].patches[0].get_path().vertices[:, 1]
+    assert heights.max() >= 1
