@@ -149,7 +149,7 @@ def chunk(name: str, target: float | None = None, n: int = 20) -> Iterator[Ratio
 def members(name: str, own: float = 1.0, shared: float = 0.8) -> Iterator[Ratio]:
     """A step of one of S members trained together over one of a network alone.
 
-    On CPUs members take turns unless one asks for another way; both are timed.
+    On CPUs members take turns unless one asks for one program; both are timed.
     """
     setting = SETTINGS[name]
     model, images = create_model(setting), data(setting)
@@ -166,11 +166,11 @@ def members(name: str, own: float = 1.0, shared: float = 0.8) -> Iterator[Ratio]
         return Loop(pop.train, pop.join(states), *args)
 
     for way, share, sizes, target in (
-        ("auto", False, (1, 2, 5, 10, 20), own),
-        ("together", False, (5, 10), None),
+        ("one_by_one", False, (1, 2, 5, 10, 20), None),
+        ("together", False, (5, 10), own),
         ("together", True, (5, 10, 20), shared),
     ):
-        what = {"auto": "", "together": " in one program"}[way]
+        what = {"one_by_one": "", "together": " in one program"}[way]
         what += ", shared batches" if share else ""
         units = {f"{name}: member of {n}{what}": n for n in sizes}
         ways = {label: loop(n, way, share) for label, n in units.items()}

@@ -156,3 +156,63 @@ def test_rectangular_rgb_images_and_class_numbers():
     ]
     logits, _ = model.apply(params, {}, jnp.zeros((2, 4, 5, 3)), False)
     assert logits.shape == (2, 7)
+
+
+def test_trace_gives_the_outputs_of_layers():
+    model = models.create("mlp", (2, 2, 1), 3, widths=(5, 4))
+    params = model.init(jax.random.key(0))["params"]
+    params = jax.tree.map(lambda w: w + 0.1, params)
+    images = jax.random.normal(jax.random.key(1), (6, 2, 2, 1))
+    shift = jnp.linspace(-1, 1, 24).reshape(6, 4)
+    for perturbations in ({}, {"fc2": shift}):
+        logits, outputs = model.trace(params, {}, images, False, perturbations)
+        assert list(outputs) == ["fc1", "fc2", "fc3"]
+        x = np.asarray(images).reshape(6, -1)
+        for name, output in outputs.items():
+            p = jax.tree.map(np.asarray, params[name])
+            y = x @ p["kernel"] + p["bias"] + perturbations.get(name, 0)
+            np.testing.assert_allclose(output, y, rtol=1e-5, atol=1e-6)
+            x = np.maximum(y, 0)
+        np.testing.assert_array_equal(logits, outputs["fc3"])
+    plain, _ = model.apply(params, {}, images, False)
+    np.testing.assert_array_equal(plain, model.trace(params, {}, images, False, {})[0])
+
+
+class Block(nn.Module):
+    """A layer in a module, a norm, dropout."""
+
+    @nn.compact
+    def __call__(self, images, train):
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(images)
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        return nn.Dense(2, name="dense")(x)
+
+
+class Nested(nn.Module):
+    """Two blocks, named against the alphabet, or one that is used twice."""
+
+    shared: bool = False
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        first = Block(name="second")
+        second = first if self.shared else Block(name="first")
+        return second(first(images.mean((1, 2)), train), train)
+
+
+def test_trace_of_nested_modules_in_training():
+    model = models.from_module(Nested(), (3, 3, 2))
+    variables = model.init(jax.random.key(0))
+    params, stats = variables["params"], variables["batch_stats"]
+    images = jax.random.normal(jax.random.key(1), (6, 3, 3, 2))
+    args = params, stats, images, True
+    logits, outputs = model.trace(*args, {}, jax.random.key(2))
+    assert list(outputs) == ["second/dense", "first/dense"]
+    assert outputs.keys() == model.positions.keys()
+    wanted, _ = model.apply(*args, jax.random.key(2))
+    np.testing.assert_array_equal(logits, wanted)
+    with pytest.raises(ValueError, match="no layer first; the layers are"):
+        model.trace(*args, {"first": 0.0}, jax.random.key(2))
+    shared = models.from_module(Nested(shared=True), (3, 3, 2))
+    with pytest.raises(ValueError, match="second/dense is called twice"):
+        shared.trace(*args, {}, jax.random.key(2))

@@ -27,7 +27,12 @@ from lottery_flow.analysis import batches as batches_lib
 from lottery_flow.analysis import figures
 from lottery_flow.analysis.active import ActiveSpace, active_space
 from lottery_flow.analysis.batches import Batches
-from lottery_flow.analysis.curvature import Progress, dtype, with_fixed_slopes
+from lottery_flow.analysis.curvature import (
+    Progress,
+    dtype,
+    each,
+    with_fixed_slopes,
+)
 from lottery_flow.analysis.objective import LossFn, Objective
 from lottery_flow.sparsity.masks import Masks, Params
 
@@ -94,7 +99,7 @@ def exact_spectrum(
     masks: Masks | None,
     batches: Batches,
     *,
-    block: int = 32,
+    block: int | None = None,
     progress: Progress | None = None,
 ) -> Spectrum:
     """All eigenvalues of `hessian_matrix`."""
@@ -110,7 +115,7 @@ def rewire_spectra(
     after: Network,
     batches: Batches,
     *,
-    block: int = 32,
+    block: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Spectrum, Spectrum]:
     """The spectra just before and just after a rewire, on the same batches."""
@@ -127,7 +132,7 @@ def hessian_matrix(
     masks: Masks | None,
     batches: Batches,
     *,
-    block: int = 32,
+    block: int | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
     """The Hessian of the mean loss over the active parameters, float64 [n n].
@@ -137,9 +142,10 @@ def hessian_matrix(
         function `(params, batch) -> scalar`, is differentiated once per direction.
       params: where it is taken.
       masks: what is active; None: everything.
-      batches: some hundred examples each are about right: the Jacobians of a batch, as
-        big as examples x logits x parameters, are in memory at once.
-      block: directions taken at once.
+      batches: the Jacobians of a batch, as big as examples x logits x parameters, are
+        in memory at once. On a CPU batches of about 50 examples are fastest.
+      block: directions taken at once; None: one on a CPU, whose caches hold no more,
+        32 elsewhere.
       progress: called with (batches done, all batches).
 
     Guarantees:
@@ -150,7 +156,7 @@ def hessian_matrix(
     n = batches_lib.total(batches)
     matrix = np.zeros((space.n, space.n))
     split = isinstance(objective, Objective) and objective.separable
-    outer = jax.jit(lambda p, batch: _outer(objective, space, p, batch))
+    factors = jax.jit(lambda p, batch: _factors(objective, space, p, batch))
 
     def rest(p, at, batch):
         if split:
@@ -162,7 +168,10 @@ def hessian_matrix(
     for i, batch in enumerate(batches):
         weight = batches_lib.size(batch) / n
         if split:
-            matrix += weight * np.asarray(outer(params, batch), np.float64)
+            # On the host: its BLAS is faster than XLA's, and an accelerator may round
+            # products to fewer bits.
+            rows, curved = map(np.asarray, factors(params, batch))
+            matrix += rows.T @ curved / n
         _add(matrix, weight, plan, params, batch)
         if progress is not None:
             progress(i + 1, len(batches))
@@ -189,8 +198,8 @@ def plot_spectrum(*results: Spectrum, labels: tuple[str, ...] = ()) -> Figure:
     return fig
 
 
-def _outer(objective: Objective, space: ActiveSpace, params, batch):
-    """The Gauss-Newton part of one batch, [n n]."""
+def _factors(objective: Objective, space: ActiveSpace, params, batch):
+    """Jacobians J of the logits of a batch, and C J, [b c n] as [b * c, n]."""
 
     def of_one(p, example):
         one = jax.tree.map(lambda x: x[None], example)
@@ -205,8 +214,7 @@ def _outer(objective: Objective, space: ActiveSpace, params, batch):
         return rows, curvature @ rows
 
     rows, curved = jax.vmap(jacobian)(batch)
-    n_examples = rows.shape[0]
-    return jnp.einsum("bci,bcj->ij", rows, curved) / n_examples
+    return rows.reshape(-1, space.n), curved.reshape(-1, space.n)
 
 
 class _Rows(NamedTuple):
@@ -215,8 +223,7 @@ class _Rows(NamedTuple):
     Attributes:
       own: coordinates of the group, int [g].
       columns: coordinates that the rows reach, int [m].
-      make: `(params, begin, batch) -> [block m]`, the rows of `block` coordinates of
-        the group from its own number `begin` on, as far as there are.
+      make: `(params, batch) -> [g m]`, the rows.
     """
 
     own: np.ndarray
@@ -238,7 +245,7 @@ def _coordinates(space: ActiveSpace, leaves: list[int]) -> np.ndarray:
     return np.concatenate([np.arange(parts[i].start, parts[i].stop) for i in leaves])
 
 
-def _plan(fn: Callable, space: ActiveSpace, params, batches, block: int) -> list[_Rows]:
+def _plan(fn: Callable, space: ActiveSpace, params, batches, block) -> list[_Rows]:
     """How to compute the Hessian of `fn(params, at, batch)`: each pair of groups once.
 
     Of a pair the one with fewer active entries gives the directions.
@@ -261,16 +268,9 @@ def _add(matrix: np.ndarray, weight: float, plan: list[_Rows], params, batch) ->
     """Adds the Hessian of one batch, times `weight`."""
     for own, columns, make in plan:
         others = ~np.isin(columns, own)
-        begin = 0
-        while begin < len(own):
-            found = weight * np.asarray(
-                make(params, np.int32(begin), batch), np.float64
-            )
-            rows = own[begin : begin + len(found)]
-            found = found[: len(rows)]
-            matrix[np.ix_(rows, columns)] += found
-            matrix[np.ix_(columns[others], rows)] += found[:, others].T
-            begin += len(rows)
+        rows = weight * np.asarray(make(params, batch), np.float64)
+        matrix[np.ix_(own, columns)] += rows
+        matrix[np.ix_(columns[others], own)] += rows[:, others].T
 
 
 def _dependence(
@@ -304,14 +304,18 @@ def _dependence(
 
 
 def _rows(
-    fn: Callable, space: ActiveSpace, group: list[int], wanted: list[int], block: int
+    fn: Callable,
+    space: ActiveSpace,
+    group: list[int],
+    wanted: list[int],
+    block: int | None,
 ) -> Callable:
     """See `_Rows.make`. Differentiates along one group alone, so that what comes before
     it in the network has no derivative to compute."""
     sizes = [part.stop - part.start for part in space.layers.values()]
     ends = np.cumsum([sizes[i] for i in group])
 
-    def make(params, begin, batch):
+    def make(params, batch):
         leaves = space.treedef.flatten_up_to(params)
 
         def gradients(moved):
@@ -323,14 +327,13 @@ def _rows(
             found = space.treedef.flatten_up_to(grads)
             return jnp.concatenate([space.entries(j, found[j]) for j in wanted])
 
-        def row(unit):
+        def row(number):
+            unit = jax.nn.one_hot(number, ends[-1], dtype=dtype(space))
             parts = jnp.split(unit, ends[:-1])
             own = [leaves[i] for i in group]
             along = [space.scatter(i, p) for i, p in zip(group, parts, strict=True)]
             return jax.jvp(gradients, (own,), (along,))[1]
 
-        numbers = begin + jnp.arange(block, dtype=jnp.int32)
-        units = jax.nn.one_hot(numbers, ends[-1], dtype=dtype(space))
-        return jax.vmap(row)(units)
+        return each(row, jnp.arange(ends[-1]), block)
 
     return make

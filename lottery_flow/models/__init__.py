@@ -42,11 +42,16 @@ class Model(NamedTuple):
         float images [b h w c]; `key` feeds dropout, where the module has it.
       positions: output positions of each layer for one image: the product of the
         spatial dimensions of its output, 1 for dense layers.
+      trace: `(params, batch_stats, images, train, perturbations, key) -> (logits,
+        outputs)`; the output of every layer, a module with a kernel, by name in the
+        order of the computation, after `perturbations` by layer name were added to
+        them. {} adds nothing; as zeros they are there to be differentiated by.
     """
 
     init: Callable
     apply: Callable
     positions: dict[str, int]
+    trace: Callable
 
 
 @functools.lru_cache(maxsize=32)
@@ -78,7 +83,35 @@ def from_module(module: nn.Module, image_shape: tuple[int, int, int]) -> Model:
         )
         return logits, updated.get("batch_stats", batch_stats)
 
-    return Model(init, apply, _positions(module, example))
+    positions = _positions(module, example)
+
+    def trace(params, batch_stats, images, train, perturbations, key=None):
+        outputs = {}
+
+        def perturb(call, args, kwargs, context):
+            output, layer = call(*args, **kwargs), context.module
+            owns_kernel = layer.has_variable("params", "kernel")
+            if context.method_name != "__call__" or not owns_kernel:
+                return output
+            name = "/".join(layer.path)
+            if name in outputs:
+                raise ValueError(
+                    f"layer {name} is called twice; only one output counts"
+                )
+            outputs[name] = output + perturbations.get(name, 0)
+            return outputs[name]
+
+        unknown = sorted(perturbations.keys() - positions.keys())
+        if unknown:
+            raise ValueError(
+                f"perturbations: no layer {unknown[0]}; the layers are "
+                f"{', '.join(positions)}"
+            )
+        with nn.intercept_methods(perturb):
+            logits, _ = apply(params, batch_stats, images, train, key)
+        return logits, outputs
+
+    return Model(init, apply, positions, trace)
 
 
 def _positions(module: nn.Module, example: jax.ShapeDtypeStruct) -> dict[str, int]:
