@@ -2,15 +2,12 @@
 
 import json
 import logging
-import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-from absl import app, flags
-from absl import logging as absl_logging
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from lottery_flow import allocator, members, report, runs
+from lottery_flow import command, members, report, runs
 from lottery_flow import config as config_lib
 from lottery_flow.build import build, flat_fields
 from lottery_flow.errors import UserError
@@ -80,38 +77,8 @@ def train_all(started: list[tuple[ConfigDict, Run]]) -> None:
 
 
 def cli() -> None:
-    """Runs `main`; a user's mistake is one sentence and exit status 2."""
-    _configure_logging()
-    allocator.keep_freed_memory()
-
-    def guarded(argv):
-        try:
-            main(argv)
-        except UserError as error:
-            _fail(error)
-
-    app.run(guarded, flags_parser=_parse)
-
-
-def _configure_logging() -> None:
-    """Our own lines at INFO, those of the libraries from WARNING on."""
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
-    logger = logging.getLogger("lottery_flow")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-
-
-def _parse(argv: Sequence[str]) -> list[str]:
-    """Parses the flags; a wrong one becomes one sentence."""
-    try:
-        return flags.FLAGS(argv)
-    except UserError as error:
-        _fail(error)
-    except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
-        _fail(_unknown_field(argv) or error)
+    """The command, from the shell."""
+    command.run(main, _unknown_field)
 
 
 def _unknown_field(argv: Sequence[str]) -> str | None:
@@ -124,11 +91,6 @@ def _unknown_field(argv: Sequence[str]) -> str | None:
             known = [f for f in fields if f.rpartition(".")[0] == group] or fields
             return f"--config.{name} is not a field; there are {', '.join(known)}"
     return None
-
-
-def _fail(message: object) -> NoReturn:
-    sys.stderr.write(f"error: {message}\n")
-    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -91,8 +91,8 @@ def _train(
     members: list[Run], step: int, dataset, tensorboard: bool
 ) -> list[Result | UserError]:
     job = members[0].job
-    creation = _creation(job)  # compiled once for all members
-    states = [_start(run, step, creation) for run in members]
+    create_fn = creation(job)  # compiled once for all members
+    states = [start(run, step, create_fn) for run in members]
     steps = make_steps(job.model.apply, job.make_method, job.spec.mean, job.spec.std)
     shared = len({run.job.data_seed for run in members}) == 1
     pop = population.make(
@@ -138,11 +138,11 @@ def _train(
             sizes={k: v.size for k, v in masks_lib.layers(states[0].params).items()},
             knobs=pop.join([run.job.knobs for run in members]),
             chunk=population.chunk_steps(job.chunk_steps),
-            rewires=_table(partial(is_rewire, job.rule), job),
-            learning_rate=[_table(run.job.learning_rate, job) for run in members],
+            rewires=table(partial(is_rewire, job.rule), job),
+            learning_rate=[table(run.job.learning_rate, job) for run in members],
             failed={},
             drop_fraction=[
-                None if fraction is None else _table(fraction, job)
+                None if fraction is None else table(fraction, job)
                 for fraction in (run.job.drop_fraction for run in members)
             ],
         )
@@ -153,32 +153,32 @@ def _train(
     ]
 
 
-def _creation(job: Job) -> Callable:
+def creation(job: Job) -> Callable:
     """`(network, rewire_key, step_key, knobs) -> state` before the first step."""
 
-    def creation(network, rewire_key, step_key, knobs):
+    def create_state(network, rewire_key, step_key, knobs):
         tx = job.make_tx(network.masks, rewire_key, knobs)
         return create(tx, network.params, network.batch_stats, step_key)
 
-    return jax.jit(creation)
+    return jax.jit(create_state)
 
 
-def _start(run: Run, step: int, creation: Callable) -> TrainState:
+def start(run: Run, step: int, create_fn: Callable) -> TrainState:
     """The state of a run at a step that it has a checkpoint of, or before the first."""
     job, directory = run.job, run.paths.checkpoints
     own = job.rewire_key, job.step_key, job.knobs
     if not checkpoint.steps_in(directory):
-        return creation(job.make_network(), *own)
+        return create_fn(job.make_network(), *own)
     # Its masks say which leaves are sparse, so that a run goes on even if the run
     # that its masks came from is gone.
     _LOG.info("going on from the checkpoint of step %d", step)
     _, network = checkpoint.restore_network(directory, step)
     with checkpoint.manager(directory, job.keep_checkpoints) as manager:
         return checkpoint.restore(
-            manager, step, jax.eval_shape(creation, network, *own)
+            manager, step, jax.eval_shape(create_fn, network, *own)
         )
 
 
-def _table(schedule: Callable, job: Job) -> np.ndarray:
+def table(schedule: Callable, job: Job) -> np.ndarray:
     """The values of a schedule at steps 0 to total_steps, on the host."""
     return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(job.total_steps + 1)))

@@ -20,7 +20,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from lottery_flow import main
+from lottery_flow import command, main
 from lottery_flow.build import build
 from lottery_flow.config import default
 from lottery_flow.job import Job
@@ -113,7 +113,7 @@ def in_process(*args: str) -> Outcome:
         patch.setattr(main, "_CONFIG", _define_config(values))
         workdir = flags.DEFINE_string("workdir", "runs", "", flag_values=values)
         patch.setattr(main, "_WORKDIR", workdir)
-        patch.setattr(main, "app", types.SimpleNamespace(run=_run))
+        patch.setattr(command, "app", types.SimpleNamespace(run=_run))
         try:
             main.cli()
         except SystemExit as stop:

@@ -33,7 +33,7 @@ def save(path: str | Path, result: Any) -> Path:
         frame = result if isinstance(result, pd.DataFrame) else result.frame()
         frame.to_csv(temporary, index=False)
     elif path.suffix == ".npz":
-        fields = {k: np.asarray(v) for k, v in result._asdict().items()}
+        fields: Any = {k: np.asarray(v) for k, v in result._asdict().items()}
         np.savez(temporary, **fields)
     else:
         raise ValueError(f"{path} ends in {path.suffix!r}; write .npz, .csv or .png")

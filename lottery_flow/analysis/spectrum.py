@@ -146,7 +146,8 @@ def hessian_matrix(
         in memory at once. On a CPU batches of about 50 examples are fastest.
       block: directions taken at once; None: one on a CPU, whose caches hold no more,
         32 elsewhere.
-      progress: called with (batches done, all batches).
+      progress: called with (done, all) after each batch of two passes, a short one that
+        looks for blocks that are zero, and the other.
 
     Guarantees:
       - Equals the rows and columns of `jax.hessian` that belong to active parameters.
@@ -155,29 +156,37 @@ def hessian_matrix(
     space = active_space(params, masks)
     n = batches_lib.total(batches)
     matrix = np.zeros((space.n, space.n))
-    split = isinstance(objective, Objective) and objective.separable
-    factors = jax.jit(lambda p, batch: _factors(objective, space, p, batch))
+    if isinstance(objective, Objective) and objective.separable:
+        split, penalty = objective, objective.penalty
+        whole: Any = None
+        factors = jax.jit(lambda p, batch: _factors(split, space, p, batch))
+    else:
+        split = factors = penalty = None
+        whole = objective.loss if isinstance(objective, Objective) else objective
 
     def rest(p, at, batch):
-        if split:
-            return with_fixed_slopes(objective, at, batch)(p)
-        whole: Any = objective.loss if isinstance(objective, Objective) else objective
-        return whole(p, batch)
+        if split is None:
+            return whole(p, batch)
+        return with_fixed_slopes(split, at, batch)(p)
 
-    plan = _plan(rest, space, params, batches, block)
+    total = 2 * len(batches)
+
+    def report(done):
+        if progress is not None:
+            progress(done, total)
+
+    plan = _plan(rest, space, params, batches, block, report)
     for i, batch in enumerate(batches):
-        weight = batches_lib.size(batch) / n
-        if split:
+        if factors is not None:
             # On the host: its BLAS is faster than XLA's, and an accelerator may round
             # products to fewer bits.
             rows, curved = map(np.asarray, factors(params, batch))
             matrix += rows.T @ curved / n
-        _add(matrix, weight, plan, params, batch)
-        if progress is not None:
-            progress(i + 1, len(batches))
-    if split and objective.penalty is not None:
-        penalty: Any = objective.penalty
-        plan = _plan(lambda p, at, _: penalty(p), space, params, [()], block)
+        _add(matrix, batches_lib.size(batch) / n, plan, params, batch)
+        report(len(batches) + i + 1)
+    if penalty is not None:
+        own: Any = penalty
+        plan = _plan(lambda p, at, _: own(p), space, params, [()], block)
         _add(matrix, 1.0, plan, params, ())
     return (matrix + matrix.T) / 2
 
@@ -245,14 +254,16 @@ def _coordinates(space: ActiveSpace, leaves: list[int]) -> np.ndarray:
     return np.concatenate([np.arange(parts[i].start, parts[i].stop) for i in leaves])
 
 
-def _plan(fn: Callable, space: ActiveSpace, params, batches, block) -> list[_Rows]:
+def _plan(
+    fn: Callable, space: ActiveSpace, params, batches, block, report=lambda i: None
+) -> list[_Rows]:
     """How to compute the Hessian of `fn(params, at, batch)`: each pair of groups once.
 
     Of a pair the one with fewer active entries gives the directions.
     """
     groups = _groups(space)
     coordinates = [_coordinates(space, group) for group in groups]
-    depends = _dependence(fn, space, coordinates, params, batches)
+    depends = _dependence(fn, space, coordinates, params, batches, report)
     rank = sorted(range(len(groups)), key=lambda g: len(coordinates[g]))
     plan = []
     for i, g in enumerate(rank):
@@ -274,7 +285,12 @@ def _add(matrix: np.ndarray, weight: float, plan: list[_Rows], params, batch) ->
 
 
 def _dependence(
-    fn: Callable, space: ActiveSpace, coordinates: list[np.ndarray], params, batches
+    fn: Callable,
+    space: ActiveSpace,
+    coordinates: list[np.ndarray],
+    params,
+    batches,
+    report=lambda i: None,
 ) -> np.ndarray:
     """Whether the gradient of a group depends on another, bool [g g].
 
@@ -296,10 +312,11 @@ def _dependence(
     for g, own in enumerate(coordinates):
         directions[g, own] = np.nan
     depends = np.zeros((n, n), bool)
-    for batch in batches:
+    for i, batch in enumerate(batches):
         touched = np.isnan(np.asarray(products(params, directions, batch)))
         for h, own in enumerate(coordinates):
             depends[:, h] |= np.any(touched[:, own], axis=1)
+        report(i + 1)
     return depends | depends.T
 
 

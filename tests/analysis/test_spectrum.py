@@ -124,7 +124,7 @@ def test_before_and_after_a_rewire():
             batches_lib.split(net.data, 6),
             progress=lambda *at: seen.append(at),
         )
-        assert seen == [(1, 2), (2, 2)] * 2
+        assert seen == [(i, 4) for i in (1, 2, 3, 4)] * 2
         alone = spectrum.exact_spectrum(net.objective(), *other, [net.data])
         np.testing.assert_allclose(after.eigenvalues, alone.eigenvalues, atol=1e-12)
         assert np.abs(after.eigenvalues[-1] - before.eigenvalues[-1]) > 1e-6

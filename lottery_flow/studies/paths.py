@@ -1,0 +1,187 @@
+"""Paths from a network of a run to another."""
+
+import jax
+import numpy as np
+import optax
+import pandas as pd
+
+from lottery_flow.analysis import alignment, autoneb, curves, interpolation
+from lottery_flow.errors import UserError
+from lottery_flow.studies.common import Findings, Options, device
+from lottery_flow.study import Study
+
+
+def interpolate(study: Study, options: Options) -> Findings:
+    """Loss and accuracy on the straight line to another network."""
+    other = options.against[0]
+    objective, batches = _path(study, options)
+    start, end = _ends(study, options)
+    found = interpolation.linear(objective, start, end, batches, mask="none")
+    text = f"to {other.name} (step {other.step}): {_barrier(found)}"
+    return Findings({"": found}, {"": interpolation.plot_paths(found)}, text)
+
+
+def align(study: Study, options: Options) -> Findings:
+    """The same after the units of the other network are put in this one's order."""
+    other = options.against[0]
+    if study.config.model.name not in ("lenet5", "mlp"):
+        raise UserError(
+            f"alignment: {study.config.model.name} is no plain chain of layers; use "
+            "lottery_flow.analysis.alignment with a specification of its own"
+        )
+    start, end = _ends(study, options)
+    spec = alignment.chain(start, list(study.job.model.positions))
+    permutations = alignment.weight_matching(spec, start, end)
+    moved = alignment.permute(spec, permutations, end)
+    objective, batches = _path(study, options)
+    paths = {
+        name: interpolation.linear(objective, start, to, batches, mask="none")
+        for name, to in (("as they are", end), ("aligned", moved))
+    }
+    frame = pd.concat(
+        [path.frame().assign(path=name) for name, path in paths.items()],
+        ignore_index=True,
+    )
+    distances = alignment.compare(spec, start, end, permutations)
+    text = f"to {other.name}: " + "; ".join(
+        f"{name}: {_barrier(path)}" for name, path in paths.items()
+    )
+    return Findings(
+        {"": frame, "distances": distances},
+        {
+            "": interpolation.plot_paths(paths),
+            "distances": alignment.plot_compare(distances),
+        },
+        text,
+    )
+
+
+def curve(study: Study, options: Options) -> Findings:
+    """A Bezier curve of low loss to another network, in the sparse space."""
+    other = options.against[0]
+    start, end = _ends(study, options)
+    # After both ends have one mask, that mask is the space.
+    masks = _masks_of_ends(study, options)
+    trained, training = curves.fit(
+        study.objective("batch", options.weight_decay),
+        start,
+        end,
+        _shuffled(study, options),
+        optax.sgd(
+            optax.cosine_decay_schedule(0.02, max(options.train_steps, 1)), momentum=0.9
+        ),
+        key=jax.random.key(options.seed),
+        n_steps=options.train_steps,
+        start_masks=masks[0],
+        end_masks=masks[1],
+    )
+    objective, batches = _path(study, options)
+    paths = {
+        "curve": curves.evaluate(objective, trained, batches),
+        "line": curves.evaluate(objective, curves.straight(start, end), batches),
+    }
+    frame = pd.concat(
+        [path.frame().assign(path=name) for name, path in paths.items()],
+        ignore_index=True,
+    )
+    text = f"to {other.name}: " + "; ".join(
+        f"{name}: {_barrier(path)}" for name, path in paths.items()
+    )
+    return Findings(
+        {"": frame, "training": training},
+        {
+            "": interpolation.plot_paths(paths),
+            "training": curves.plot_training(training),
+        },
+        text,
+    )
+
+
+def neb(study: Study, options: Options) -> Findings:
+    """A chain of low loss to another network, by AutoNEB."""
+    other = options.against[0]
+    start, end = _ends(study, options)
+    masks = _masks_of_ends(study, options)
+    n_steps = sum(n for n, _ in autoneb.PAPER_CYCLES)
+    cycles = tuple(
+        (max(n * options.train_steps // n_steps, 1), rate)
+        for n, rate in autoneb.PAPER_CYCLES
+    )
+    batches = _shuffled(study, options)
+    objective, measured = _path(study, options)
+    chain, history = autoneb.connect(
+        study.objective("batch", options.weight_decay),
+        start,
+        end,
+        batches,
+        masks=curves.union(*masks),
+        cycles=cycles,
+        measured=objective,
+    )
+    path = curves.evaluate(objective, chain, measured, abscissa="length")
+    text = f"to {other.name}: {_barrier(path)}"
+    return Findings(
+        {"": path, "cycles": history},
+        {"": interpolation.plot_paths(path), "cycles": autoneb.plot_cycles(history)},
+        text,
+    )
+
+
+def _ends(study: Study, options: Options):
+    other = options.against[0]
+    ends = interpolation.masked_ends(
+        study.network.params,
+        other.network.params,
+        mask=options.mask,
+        start_masks=study.network.masks,
+        end_masks=other.network.masks,
+    )
+    return tuple(map(device, ends))
+
+
+def _masks_of_ends(study: Study, options: Options):
+    """The masks that the ends have got."""
+    first, second = study.network.masks, options.against[0].network.masks
+    if options.mask == "none":
+        # Each is as sparse as its own weights.
+        return first, second
+    return {
+        "start": (first, first),
+        "end": (second, second),
+        "own": (first, second),
+    }[options.mask]
+
+
+def _path(study: Study, options: Options):
+    """What to measure along a path, and on which batches."""
+    n = max(options.examples, 0)
+    batches = study.train_batches(n, options.batch_size or 1000)
+    norms = options.norms or "recomputed"
+    if norms != "recomputed" or not study.network.batch_stats:
+        own = "frozen" if norms == "recomputed" else norms
+        return study.objective(own, options.weight_decay), batches
+
+    def objective_at(stats):
+        at = study._replace(network=study.network._replace(batch_stats=stats))
+        return at.objective("frozen", options.weight_decay)
+
+    stats = device(study.network.batch_stats)
+    measured = interpolation.recomputed_norms(
+        objective_at, study.job.model.apply, stats, preprocess=study.preprocess
+    )
+    return measured, batches
+
+
+def _shuffled(study: Study, options: Options):
+    """Training batches of the run's own size in a random order, an epoch of them."""
+    n = max(options.examples, 0)
+    (data,) = study.train_batches(n, n or study.job.spec.n_train)
+    order = np.random.default_rng(options.seed).permutation(len(data["label"]))
+    size = options.batch_size or study.job.batch_size
+    cut = [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
+    return [jax.tree.map(lambda x, i=i: x[i], data) for i in cut or [order]]
+
+
+def _barrier(path: interpolation.Path) -> str:
+    text = f"barrier {interpolation.barrier(path):.4g}"
+    return text + f", instability {100 * interpolation.instability(path):.2f} %"

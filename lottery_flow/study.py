@@ -1,0 +1,199 @@
+"""A finished run, opened to be analysed: its networks, data, and next rewire."""
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from lottery_flow import checkpoint, population, runs, train
+from lottery_flow import config as config_lib
+from lottery_flow.analysis import batches as batches_lib
+from lottery_flow.analysis import objective as objective_lib
+from lottery_flow.analysis.batches import Batches
+from lottery_flow.analysis.objective import Objective
+from lottery_flow.build import build, flat_fields
+from lottery_flow.checkpoint import Network
+from lottery_flow.data import arrays
+from lottery_flow.errors import UserError
+from lottery_flow.job import Job
+from lottery_flow.loop import Data, Run
+from lottery_flow.sparsity.rules import is_rewire
+from lottery_flow.steps import Batch, make_steps, normalize
+
+
+class Study(NamedTuple):
+    """A network of a run, and what it was trained on.
+
+    Attributes:
+      run: the job, its directory and its record.
+      config: of the run.
+      step: of the network.
+      network: params, batch_stats and masks, on the host.
+    """
+
+    run: Run
+    config: ConfigDict
+    step: int
+    network: Network
+
+    @property
+    def job(self) -> Job:
+        """What was trained."""
+        return self.run.job
+
+    @property
+    def name(self) -> str:
+        """The configuration's name and the seed."""
+        return f"{self.config.name}, seed {self.job.seed}"
+
+    def steps(self) -> list[int]:
+        """Of all checkpoints, ascending."""
+        return checkpoint.steps_in(self.run.paths.checkpoints)
+
+    def at(self, step: int) -> "Study":
+        """The same run at the checkpoint of another step, -1 being the newest."""
+        step, network = checkpoint.restore_network(self.run.paths.checkpoints, step)
+        return self._replace(step=step, network=network)
+
+    def networks(self) -> Iterator[tuple[int, Network]]:
+        """The network of each checkpoint, one at a time."""
+        for step in self.steps():
+            yield checkpoint.restore_network(self.run.paths.checkpoints, step)
+
+    def objective(self, norms: str, weight_decay: float = 0.0) -> Objective:
+        """Mean cross-entropy on uint8 images, see `analysis.objective`."""
+        return objective_lib.classification(
+            self.job.model.apply,
+            self.network.batch_stats,
+            norms=norms,
+            weight_decay=weight_decay,
+            preprocess=self.preprocess,
+        )
+
+    @property
+    def preprocess(self) -> Any:
+        """From uint8 images to what the model takes."""
+        spec = self.job.spec
+        return functools.partial(normalize, mean=spec.mean, std=spec.std)
+
+    def train_batches(self, examples: int, batch_size: int) -> Batches:
+        """The first training images, in the order of the data set; 0: all of them."""
+        data = _load(self)
+        n = examples or len(data.train_labels)
+        return _batches(data.train_images[:n], data.train_labels[:n], batch_size)
+
+    def test_batches(self, batch_size: int) -> Batches:
+        """All test images."""
+        data = _load(self)
+        return _batches(data.test_images, data.test_labels, batch_size)
+
+    def check_same_model(self, other: "Study") -> None:
+        """Raises UserError unless the other run has the same model and data set."""
+        for field in ("model.name", "model.widths", "data.name"):
+            mine, theirs = (flat_fields(s.config)[field] for s in (self, other))
+            if mine != theirs:
+                raise UserError(
+                    f"--against={other.run.paths.root}: {field} is {theirs!r} there "
+                    f"and {mine!r} in --run; give a run of the same model and data"
+                )
+
+
+def open_run(directory: str | Path, step: int = -1, data_dir: str = "") -> Study:
+    """Opens a run.
+
+    Args:
+      directory: its seed_N directory.
+      step: of a checkpoint; -1 is the newest.
+      data_dir: where the data set is now; "" takes the configuration's.
+
+    Raises:
+      UserError: it is not the directory of a run, or has no such checkpoint.
+    """
+    directory = Path(directory)
+    path = directory / "config.json"
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read; give the seed_N directory of a run"
+        ) from error
+    config = _config(path, record)
+    if data_dir:
+        config.data.dir = data_dir
+    run = Run(build(config, record["seed"]), runs.RunPaths(directory), record)
+    step, network = checkpoint.restore_network(run.paths.checkpoints, step)
+    return Study(run, config, step, network)
+
+
+def next_rewire(study: Study) -> tuple[int, Network, Network]:
+    """Trains on to the first rewire after the checkpoint, as the run did.
+
+    Returns:
+      Updates done, and the networks just before and just after the rewire, as in the
+      row of metrics of that step.
+
+    Raises:
+      UserError: no rewire follows.
+    """
+    job, start = study.job, study.step
+    rewires = train.table(functools.partial(is_rewire, job.rule), job)
+    due = np.flatnonzero(rewires[: job.total_steps])
+    if not np.any(due >= start):
+        raise UserError(
+            f"--step={start}: no rewire follows in {study.run.paths.root}; "
+            + (f"the last one is at {due[-1] + 1}" if len(due) else "it has none")
+        )
+    last = int(due[due >= start][0])  # updates before the one that rewires
+    state = train.start(study.run, start, train.creation(job))
+    steps = make_steps(job.model.apply, job.make_method, job.spec.mean, job.spec.std)
+    pop = population.make(steps, 1, way="auto", n_devices=1, shared=True)
+    state, knobs = pop.join([state]), pop.join([job.knobs])
+    data = Data.of(job, _load(study), pop.place)
+
+    def indices(t):
+        return arrays.batch_indices(job.data_seed, t, job.spec.n_train, job.batch_size)
+
+    for t in range(start, last):
+        state, _ = pop.train(state, knobs, data.train, indices(t))
+    state, _, before = pop.rewire(state, knobs, data.train, indices(last), data.grow)
+
+    def network(state):
+        own = pop.split(state)[0]
+        return Network(own.params, own.batch_stats, own.masks)
+
+    return last + 1, network(before), network(state)
+
+
+def _config(path: Path, record: dict[str, Any]) -> ConfigDict:
+    config = config_lib.default()
+    known = flat_fields(config)
+    for name, value in record.items():
+        if name == "seed":
+            continue
+        if name not in known:
+            raise UserError(f"{path}: {name} is not a field of this version")
+        group, _, field = name.rpartition(".")
+        values = config[group] if group else config
+        values[field] = tuple(value) if isinstance(values[field], tuple) else value
+    return config.lock()
+
+
+@functools.lru_cache(maxsize=4)
+def _arrays(name: str, directory: str) -> arrays.Arrays:
+    from lottery_flow import data
+
+    return data.DATASETS[name].load(directory)
+
+
+def _load(study: Study) -> arrays.Arrays:
+    return _arrays(study.config.data.name, study.config.data.dir)
+
+
+def _batches(images, labels, batch_size: int) -> Batches:
+    batch: Batch = {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
+    return batches_lib.split(batch, batch_size)
