@@ -15,10 +15,15 @@ from benchmarks.networks import (
     data,
     dense_step,
     sparse_steps,
+    statistics_of,
 )
 from lottery_flow import population
+from lottery_flow.analysis import batches, lanczos, objective
+from lottery_flow.analysis import curvature as curvature_lib
+from lottery_flow.analysis.active import active_space
 from lottery_flow.population import less_memory
 from lottery_flow.sparsity.topk import topk_mask
+from lottery_flow.steps import normalize
 
 
 class Loop:
@@ -179,6 +184,54 @@ def members(name: str, own: float = 1.0, shared: float = 0.8) -> Iterator[Ratio]
         yield from compare(ways, alone, targets=targets, units=units, rounds=7)
 
 
+def curvature(n_images: int = 1024, microbatch: int = 256) -> Iterator[Ratio]:
+    """Hessian-vector products of the active parameters, over the gradient.
+
+    LeNet-5 at 95 %. `trace` takes the probes of a block, `Lanczos` steps of ten chains,
+    each with full reorthogonalisation against a hundred vectors; both per product.
+    """
+    setting = SETTINGS["lenet5"]._replace(batch_size=microbatch)
+    model, images = create_model(setting), data(setting, n_images)
+    state, _ = sparse_steps(setting, model, sparsity=0.95)
+    mean, std = statistics_of(setting)
+    loss = objective.classification(
+        model.apply, {}, preprocess=lambda x: normalize(x, mean, std)
+    ).loss
+    cut = batches.split(images, microbatch)
+    args = state.params, state.masks, cut
+    space = active_space(state.params, state.masks)
+    grad = jax.jit(lambda p, b: space.flatten(jax.grad(loss)(p, b)))
+    hessian = curvature_lib.hessian(loss, *args)
+    key, probes = jax.random.key(0), 10
+    vectors = jax.random.normal(key, (probes, space.n))
+
+    def repeat(fn):
+        def way(n):
+            for _ in range(n):
+                jax.block_until_ready(fn())
+
+        return way
+
+    def chains():
+        return lanczos.advance(hessian, lanczos.start(vectors, 100), key).basis
+
+    ways = {
+        "curvature: gradient": repeat(
+            lambda: batches.mean(lambda b: grad(state.params, b), cut)
+        ),
+        "curvature: product": repeat(lambda: hessian.product(vectors[:1])),
+        "curvature: product of ten": repeat(lambda: hessian.product(vectors)),
+        "curvature: trace": repeat(
+            lambda: curvature_lib.trace(hessian, key, n_probes=probes).samples
+        ),
+        "curvature: Lanczos": repeat(chains),
+    }
+    ten = dict.fromkeys(list(ways)[2:], probes)
+    targets = dict.fromkeys(list(ways)[1:], 3.0)
+    reference = "curvature: gradient"
+    yield from compare(ways, reference, targets=targets, units=ten, rounds=7)
+
+
 CASES: dict[str, Callable[[], Iterator[Ratio]]] = {
     "mlp": partial(steps, "mlp", step=1.02, rewire=3.0),
     "lenet5": partial(steps, "lenet5", step=1.02),
@@ -192,4 +245,5 @@ CASES: dict[str, Callable[[], Iterator[Ratio]]] = {
     "chunk_mlp": partial(chunk, "mlp"),
     "members_lenet5": partial(members, "lenet5"),
     "members_mlp": partial(members, "mlp", own=1.1),
+    "curvature": curvature,
 }

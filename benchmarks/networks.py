@@ -101,9 +101,9 @@ def dense_step(setting: Setting, model: Model):
 
 
 def sparse_steps(
-    setting: Setting, model: Model, seed: int = 0
+    setting: Setting, model: Model, seed: int = 0, sparsity: float = SPARSITY
 ) -> tuple[TrainState, Steps]:
-    """State and steps under RigL, Erdos-Renyi-kernel at 90 %."""
+    """State and steps under RigL, Erdos-Renyi-kernel."""
     inner = optax.sgd(RATE, momentum=MOMENTUM)
     rule = rules.rigl(schedules.every(100), schedules.constant(0.3))
 
@@ -112,7 +112,7 @@ def sparse_steps(
         variables = model.init(key)
         params = variables["params"]
         shapes = {k: v.shape for k, v in masks_lib.layers(params).items()}
-        n_active = distributions.erdos_renyi_kernel(shapes, SPARSITY)
+        n_active = distributions.erdos_renyi_kernel(shapes, sparsity)
         masks = masks_lib.random(key, params, n_active)
         tx = sparsify(inner, masks, rule, key=key)
         return create(tx, params, variables.get("batch_stats", {}), key)

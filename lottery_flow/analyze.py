@@ -25,7 +25,6 @@ from lottery_flow.studies import STUDIES, Findings, Options
 from lottery_flow.study import Study, open_run
 
 _LOG = logging.getLogger("lottery_flow")
-FLAGS = flags.FLAGS
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -67,22 +66,22 @@ def main(argv: Sequence[str]) -> None:
     question = STUDIES[what]
     least = {"step": -1, "examples": -1, "batch_size": 0, "train_steps": 0, "seed": 0}
     for name, low in (least | {"weight_decay": 0.0}).items():
-        value: Any = FLAGS[name].value
+        value: Any = flags.FLAGS[name].value
         if value < low:
             raise UserError(f"--{name}={value} must be at least {low}")
-    if not FLAGS.run:
+    if not flags.FLAGS.run:
         raise UserError("--run is missing; give the seed_N directory of a run")
-    if FLAGS.norms == "recomputed" and what not in PATHS:
+    if flags.FLAGS.norms == "recomputed" and what not in PATHS:
         raise UserError(
             f"--norms=recomputed is for {', '.join(PATHS)}; write frozen or batch"
         )
     low, high = question.n_against
-    n = len(FLAGS.against)
+    n = len(flags.FLAGS.against)
     if not low <= n <= high:
         wanted = f"{low}" if low == high else f"{low} to {high}"
         raise UserError(f"--against names {n} runs; {what} needs {wanted}")
-    study = open_run(FLAGS.run, FLAGS.step, FLAGS.data_dir)
-    against = tuple(_open(text) for text in FLAGS.against)
+    study = open_run(flags.FLAGS.run, flags.FLAGS.step, flags.FLAGS.data_dir)
+    against = tuple(_open(text) for text in flags.FLAGS.against)
     for other in against:
         study.check_same_model(other)
     folder = study.run.paths.root / "analysis"
@@ -122,12 +121,14 @@ def _open(text: str) -> Study:
     directory, _, step = text.partition("@")
     if step and not step.isdigit():
         raise UserError(f"--against={text}: {step!r} is no step; write DIR@500")
-    return open_run(directory, int(step or -1), FLAGS.data_dir)
+    return open_run(directory, int(step or -1), flags.FLAGS.data_dir)
 
 
 def _options(what: str, against: tuple[Study, ...]) -> Options:
     names = ("examples", "batch_size", "norms", "weight_decay", "mask", "train_steps")
-    chosen: dict[str, Any] = {name: FLAGS[name].value for name in (*names, "seed")}
+    chosen: dict[str, Any] = {
+        name: flags.FLAGS[name].value for name in (*names, "seed")
+    }
     return Options(against=against, **chosen)
 
 
@@ -211,9 +212,9 @@ def _progress():
 
 def cli() -> None:
     """The command, from the shell."""
+    define_flags(flags.FLAGS)
     command.run(main)
 
 
 if __name__ == "__main__":
-    define_flags(FLAGS)
     cli()

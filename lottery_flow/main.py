@@ -14,11 +14,20 @@ from lottery_flow.errors import UserError
 from lottery_flow.loop import Result, Run
 from lottery_flow.train import train
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration file, with an argument after a colon if it has one."
-)
 _LOG = logging.getLogger("lottery_flow")
-_WORKDIR = flags.DEFINE_string("workdir", "runs", "Where run directories are made.")
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of this command."""
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Configuration file, with an argument after a colon if it has one.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "workdir", "runs", "Where run directories are made.", flag_values=values
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,14 +48,14 @@ def main(argv: Sequence[str]) -> None:
 def _run(config, seed: int) -> Run:
     fields, default = flat_fields(config), flat_fields(config_lib.default())
     job = build(config, seed)
-    paths = runs.run_paths(_WORKDIR.value, fields, default, seed)
+    paths = runs.run_paths(flags.FLAGS.workdir, fields, default, seed)
     record = {"seed": seed, **fields}
     runs.check(paths, record)
     return Run(job, paths, record)
 
 
 def _load_config():
-    config = _CONFIG.value
+    config = flags.FLAGS.config
     if config is None:
         raise UserError("--config is missing; give --config=configs/quickstart.py")
     try:
@@ -78,6 +87,7 @@ def train_all(started: list[tuple[ConfigDict, Run]]) -> None:
 
 def cli() -> None:
     """The command, from the shell."""
+    define_flags(flags.FLAGS)
     command.run(main, _unknown_field)
 
 

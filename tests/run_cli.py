@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import pytest
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from lottery_flow import command, main
 from lottery_flow.build import build
@@ -93,8 +93,13 @@ def flag_list(config: str, workdir: Path, **fields: object) -> list[str]:
     return [f"--config={path}:{arg}" if arg else f"--config={path}", *chosen]
 
 
-def in_process(*args: str) -> Outcome:
-    """`main.cli` with flags of its own; any exception but SystemExit comes through."""
+def in_process(*args: str, module: types.ModuleType = main) -> Outcome:
+    """A command with flags of its own; any exception but SystemExit comes through.
+
+    Args:
+      args: the command line.
+      module: of the command: has `define_flags` and `cli`.
+    """
     out, err = io.StringIO(), io.StringIO()
     logger = logging.getLogger("lottery_flow")
     handlers = logger.handlers[:]
@@ -107,15 +112,11 @@ def in_process(*args: str) -> Outcome:
         warnings.filterwarnings("ignore", r"the load_module\(\) method is deprecated")
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
-        patch.setattr(sys, "argv", ["main", *args])
-        values = flags.FlagValues()
-        patch.setattr(flags, "FLAGS", values)
-        patch.setattr(main, "_CONFIG", _define_config(values))
-        workdir = flags.DEFINE_string("workdir", "runs", "", flag_values=values)
-        patch.setattr(main, "_WORKDIR", workdir)
+        patch.setattr(sys, "argv", ["command", *args])
+        patch.setattr(flags, "FLAGS", flags.FlagValues())
         patch.setattr(command, "app", types.SimpleNamespace(run=_run))
         try:
-            main.cli()
+            module.cli()
         except SystemExit as stop:
             status = stop.code or 0
         finally:
@@ -159,10 +160,6 @@ def run_directory(workdir: Path, seed: int = 0) -> Path:
     """The only run of a work directory."""
     (found,) = workdir.glob(f"*/seed_{seed}")
     return found
-
-
-def _define_config(values: flags.FlagValues) -> flags.FlagHolder:
-    return config_flags.DEFINE_config_file("config", None, flag_values=values)
 
 
 def _run(guarded, flags_parser) -> None:

@@ -10,7 +10,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def test_the_loop_of_the_readme_trains_a_sparse_network():
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    _, code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     kernel = jax.random.normal(jax.random.key(0), (20, 10))
     scope = {
         "params": {"dense": {"kernel": kernel, "bias": jnp.zeros(10)}},
@@ -29,3 +29,22 @@ def test_the_loop_of_the_readme_trains_a_sparse_network():
     mask = state.masks["dense"]["kernel"]
     assert int(jnp.sum(mask)) == 20  # 90 % of 200 weights are inactive
     assert not jnp.any(jnp.where(mask, 0.0, params["dense"]["kernel"]))
+
+
+def test_the_analysis_of_the_readme_runs():
+    code, _ = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    x = jax.random.normal(jax.random.key(0), (120, 4))
+    kernel = jax.random.normal(jax.random.key(1), (4, 10))
+    mask = kernel > 0
+    scope = {
+        "jax": jax,
+        "examples": x,
+        "params": {"kernel": jnp.where(mask, kernel, 0.0)},
+        "masks": {"kernel": mask},
+        "loss_fn": lambda p, x: jnp.mean(jnp.sum(jnp.tanh(x @ p["kernel"]), axis=1)),
+    }
+    exec(code, scope)
+    n = int(jnp.sum(mask))
+    assert len(scope["everything"].frame()) == n == scope["density"].n
+    top = scope["everything"].eigenvalues[::-1][:5]
+    assert jnp.allclose(scope["top"].values, top, atol=1e-3 * top[0])

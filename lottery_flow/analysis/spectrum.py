@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+from jax.interpreters.partial_eval import dce_jaxpr
 from matplotlib.figure import Figure
 
 from lottery_flow.analysis import batches as batches_lib
@@ -146,8 +147,7 @@ def hessian_matrix(
         in memory at once. On a CPU batches of about 50 examples are fastest.
       block: directions taken at once; None: one on a CPU, whose caches hold no more,
         32 elsewhere.
-      progress: called with (done, all) after each batch of two passes, a short one that
-        looks for blocks that are zero, and the other.
+      progress: called with (batches done, all batches).
 
     Guarantees:
       - Equals the rows and columns of `jax.hessian` that belong to active parameters.
@@ -169,13 +169,7 @@ def hessian_matrix(
             return whole(p, batch)
         return with_fixed_slopes(split, at, batch)(p)
 
-    total = 2 * len(batches)
-
-    def report(done):
-        if progress is not None:
-            progress(done, total)
-
-    plan = _plan(rest, space, params, batches, block, report)
+    plan = _plan(rest, space, params, batches[0], block)
     for i, batch in enumerate(batches):
         if factors is not None:
             # On the host: its BLAS is faster than XLA's, and an accelerator may round
@@ -183,10 +177,11 @@ def hessian_matrix(
             rows, curved = map(np.asarray, factors(params, batch))
             matrix += rows.T @ curved / n
         _add(matrix, batches_lib.size(batch) / n, plan, params, batch)
-        report(len(batches) + i + 1)
+        if progress is not None:
+            progress(i + 1, len(batches))
     if penalty is not None:
         own: Any = penalty
-        plan = _plan(lambda p, at, _: own(p), space, params, [()], block)
+        plan = _plan(lambda p, at, _: own(p), space, params, (), block)
         _add(matrix, 1.0, plan, params, ())
     return (matrix + matrix.T) / 2
 
@@ -254,24 +249,21 @@ def _coordinates(space: ActiveSpace, leaves: list[int]) -> np.ndarray:
     return np.concatenate([np.arange(parts[i].start, parts[i].stop) for i in leaves])
 
 
-def _plan(
-    fn: Callable, space: ActiveSpace, params, batches, block, report=lambda i: None
-) -> list[_Rows]:
+def _plan(fn: Callable, space: ActiveSpace, params, batch, block) -> list[_Rows]:
     """How to compute the Hessian of `fn(params, at, batch)`: each pair of groups once.
 
     Of a pair the one with fewer active entries gives the directions.
     """
     groups = _groups(space)
     coordinates = [_coordinates(space, group) for group in groups]
-    depends = _dependence(fn, space, coordinates, params, batches, report)
     rank = sorted(range(len(groups)), key=lambda g: len(coordinates[g]))
     plan = []
     for i, g in enumerate(rank):
-        targets = [h for h in rank[i:] if depends[g, h]]
-        if targets:
-            wanted = [leaf for h in targets for leaf in groups[h]]
-            make = jax.jit(_rows(fn, space, groups[g], wanted, block))
-            plan.append(_Rows(coordinates[g], _coordinates(space, wanted), make))
+        reached = _reached(fn, space, groups[g], params, batch)
+        targets = [leaf for h in rank[i:] for leaf in groups[h] if reached[leaf]]
+        if targets and len(coordinates[g]):
+            make = jax.jit(_rows(fn, space, groups[g], targets, block))
+            plan.append(_Rows(coordinates[g], _coordinates(space, targets), make))
     return plan
 
 
@@ -284,72 +276,62 @@ def _add(matrix: np.ndarray, weight: float, plan: list[_Rows], params, batch) ->
         matrix[np.ix_(columns[others], own)] += rows[:, others].T
 
 
-def _dependence(
-    fn: Callable,
-    space: ActiveSpace,
-    coordinates: list[np.ndarray],
-    params,
-    batches,
-    report=lambda i: None,
-) -> np.ndarray:
-    """Whether the gradient of a group depends on another, bool [g g].
+def _reached(
+    fn: Callable, space: ActiveSpace, group: list[int], params, batch
+) -> list[bool]:
+    """Which leaves' gradients depend on a group: those of the others do not.
 
-    A direction that is nan in one group makes every gradient nan that depends on that
-    group, for some example; where none does, the block is zero.
+    Read off the program, so it holds for any data: what is linear in a group has a
+    gradient in which that group does not occur.
     """
+    everything = list(range(len(space.shapes)))
+    own = [space.shapes[i] for i in group]
 
-    @jax.jit
-    def products(params, directions, batch):
-        def one(direction):
-            grad = jax.grad(lambda p: fn(p, params, batch))
-            tangent = space.unflatten(direction)
-            return space.flatten(jax.jvp(grad, (params,), (tangent,))[1])
+    def product(along, params, batch):
+        return _along(fn, space, group, everything, along, params, batch)
 
-        return jax.vmap(one)(directions)
+    program = jax.make_jaxpr(product)(own, params, batch).jaxpr
+    reached = []
+    for leaf in everything:
+        _, used = dce_jaxpr(program, [i == leaf for i in everything])
+        reached.append(any(used[: len(own)]))
+    return reached
 
-    n = len(coordinates)
-    directions = np.zeros((n, space.n), dtype(space))
-    for g, own in enumerate(coordinates):
-        directions[g, own] = np.nan
-    depends = np.zeros((n, n), bool)
-    for i, batch in enumerate(batches):
-        touched = np.isnan(np.asarray(products(params, directions, batch)))
-        for h, own in enumerate(coordinates):
-            depends[:, h] |= np.any(touched[:, own], axis=1)
-        report(i + 1)
-    return depends | depends.T
+
+def _along(fn: Callable, space: ActiveSpace, group, wanted, along, params, batch):
+    """How the gradients of the wanted leaves change along directions of a group.
+
+    Differentiates along that group alone, so that what comes before it in the network
+    has no derivative to compute.
+    """
+    leaves = space.treedef.flatten_up_to(params)
+
+    def gradients(moved):
+        tree = list(leaves)
+        for i, leaf in zip(group, moved, strict=True):
+            tree[i] = leaf
+        grads = jax.grad(lambda p: fn(p, params, batch))(space.treedef.unflatten(tree))
+        found = space.treedef.flatten_up_to(grads)
+        return [found[i] for i in wanted]
+
+    return jax.jvp(gradients, ([leaves[i] for i in group],), (along,))[1]
 
 
 def _rows(
-    fn: Callable,
-    space: ActiveSpace,
-    group: list[int],
-    wanted: list[int],
-    block: int | None,
+    fn: Callable, space: ActiveSpace, group: list[int], wanted: list[int], block
 ) -> Callable:
-    """See `_Rows.make`. Differentiates along one group alone, so that what comes before
-    it in the network has no derivative to compute."""
+    """See `_Rows.make`."""
     sizes = [part.stop - part.start for part in space.layers.values()]
     ends = np.cumsum([sizes[i] for i in group])
 
     def make(params, batch):
-        leaves = space.treedef.flatten_up_to(params)
-
-        def gradients(moved):
-            tree = list(leaves)
-            for i, leaf in zip(group, moved, strict=True):
-                tree[i] = leaf
-            tree = space.treedef.unflatten(tree)
-            grads = jax.grad(lambda p: fn(p, params, batch))(tree)
-            found = space.treedef.flatten_up_to(grads)
-            return jnp.concatenate([space.entries(j, found[j]) for j in wanted])
-
         def row(number):
             unit = jax.nn.one_hot(number, ends[-1], dtype=dtype(space))
             parts = jnp.split(unit, ends[:-1])
-            own = [leaves[i] for i in group]
             along = [space.scatter(i, p) for i, p in zip(group, parts, strict=True)]
-            return jax.jvp(gradients, (own,), (along,))[1]
+            found = _along(fn, space, group, wanted, along, params, batch)
+            entries = (space.entries(i, f) for i, f in zip(wanted, found, strict=True))
+            return jnp.concatenate(list(entries))
 
         return each(row, jnp.arange(ends[-1]), block)
 
