@@ -170,19 +170,33 @@ def hessian_matrix(
         return with_fixed_slopes(split, at, batch)(p)
 
     plan = _plan(rest, space, params, batches[0], block)
-    for i, batch in enumerate(batches):
-        if factors is not None:
+
+    def start(batch):
+        """Dispatches all of a batch, which runs while another is fetched."""
+        made = [rows.make(params, batch) for rows in plan]
+        return made, None if factors is None else factors(params, batch)
+
+    def finish(batch, started):
+        made, outer = started
+        if outer is not None:
             # On the host: its BLAS is faster than XLA's, and an accelerator may round
             # products to fewer bits.
-            rows, curved = map(np.asarray, factors(params, batch))
-            matrix += rows.T @ curved / n
-        _add(matrix, batches_lib.size(batch) / n, plan, params, batch)
+            rows, curved = map(np.asarray, outer)
+            np.add(matrix, rows.T @ curved / n, out=matrix)
+        _add(matrix, batches_lib.size(batch) / n, plan, made)
+
+    started = start(batches[0])
+    for i, batch in enumerate(batches):
+        current = started
+        if i + 1 < len(batches):
+            started = start(batches[i + 1])
+        finish(batch, current)
         if progress is not None:
             progress(i + 1, len(batches))
     if penalty is not None:
         own: Any = penalty
         plan = _plan(lambda p, at, _: own(p), space, params, (), block)
-        _add(matrix, 1.0, plan, params, ())
+        _add(matrix, 1.0, plan, [rows.make(params, ()) for rows in plan])
     return (matrix + matrix.T) / 2
 
 
@@ -267,13 +281,13 @@ def _plan(fn: Callable, space: ActiveSpace, params, batch, block) -> list[_Rows]
     return plan
 
 
-def _add(matrix: np.ndarray, weight: float, plan: list[_Rows], params, batch) -> None:
-    """Adds the Hessian of one batch, times `weight`."""
-    for own, columns, make in plan:
+def _add(matrix: np.ndarray, weight: float, plan: list[_Rows], made: list) -> None:
+    """Adds the rows of one batch, times `weight`, and their columns."""
+    for (own, columns, _), rows in zip(plan, made, strict=True):
         others = ~np.isin(columns, own)
-        rows = weight * np.asarray(make(params, batch), np.float64)
-        matrix[np.ix_(own, columns)] += rows
-        matrix[np.ix_(columns[others], own)] += rows[:, others].T
+        found = weight * np.asarray(rows, np.float64)
+        matrix[np.ix_(own, columns)] += found
+        matrix[np.ix_(columns[others], own)] += found[:, others].T
 
 
 def _reached(

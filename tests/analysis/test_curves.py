@@ -122,6 +122,13 @@ def test_the_length_of_a_polygon_is_the_sum_of_its_pieces():
     np.testing.assert_allclose(lengths, [0, 2.5, 5, 6, 11], atol=1e-12)
 
 
+def test_lengths_are_as_exact_far_from_the_origin():
+    points = np.array([[3e7, 1.0], [3e7, 1.25], [3e7, 2.0]])
+    curve = Curve(tuple({"w": jnp.array(p)} for p in points), "polygon")
+    lengths = curves.arc_length(curve, np.array([0.5, 1.0]))
+    np.testing.assert_allclose(lengths, [0.25, 1.0], rtol=1e-12)
+
+
 def test_the_length_of_a_bezier_curve_is_the_integral_of_its_speed():
     curve = Curve(nodes(4), "bezier")
     rows = [vector(node) for node in curve.nodes]
@@ -324,6 +331,11 @@ def test_ends_outside_their_masks_are_refused():
     with pytest.raises(ValueError, match="the end has weights"):
         curves.check_ends({"w": jnp.array([0.0, 1.0])}, RIGHT, masks)
     curves.check_ends(LEFT, RIGHT, {"w": jnp.array([True, False])})
+    with pytest.raises(ValueError, match="the start has weights"):
+        curves.fit(
+            valley, LEFT, RIGHT, NOTHING, optax.sgd(0.1), key=KEY, n_steps=1,
+            start_masks=masks, end_masks=masks,
+        )  # fmt: skip
     with pytest.raises(ValueError, match="batches is empty"):
         curves.fit(valley, LEFT, RIGHT, [], optax.sgd(0.1), key=KEY, n_steps=1, **DENSE)
 
