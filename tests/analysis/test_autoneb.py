@@ -249,16 +249,17 @@ def test_the_straight_line_comes_back_if_nothing_is_better():
 def small():
     """Two trained networks of one mask, and a chain between them."""
     a = network()
-    cut = batches.split(jax.tree.map(lambda x: x[:10], a.data), 5)
+    data = jax.tree.map(lambda x: x[:10], a.data)
+    cut = batches.split(data, 5)
     objective = a.objective()
 
     @jax.jit
     def descend(params):
-        grads = masks_lib.apply(a.masks, jax.grad(objective.loss)(params, cut[0]))
+        grads = masks_lib.apply(a.masks, jax.grad(objective.loss)(params, data))
         return jax.tree.map(lambda w, g: w - 0.3 * g, params, grads)
 
     start, end = a.params, masks_lib.apply(a.masks, network(seed=1).params)
-    for _ in range(60):
+    for _ in range(200):
         start, end = descend(start), descend(end)
     found = autoneb.connect(
         objective, start, end, cut, masks=a.masks, cycles=((20, 0.1), (20, 0.1)),
