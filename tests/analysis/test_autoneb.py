@@ -263,7 +263,7 @@ def small():
         start, end = descend(start), descend(end)
     found = autoneb.connect(
         objective, start, end, cut, masks=a.masks, cycles=((20, 0.1), (20, 0.1)),
-        block=8,
+        threshold=9.0, block=8,
     )  # fmt: skip
     return a.masks, start, end, cut, objective, *found
 
