@@ -9,6 +9,7 @@ files a name of their own.
 import hashlib
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 
 from lottery_flow import _version, command, runs
@@ -25,6 +27,17 @@ from lottery_flow.studies import STUDIES, Findings, Options
 from lottery_flow.study import Study, open_run
 
 _LOG = logging.getLogger("lottery_flow")
+PATHS = ("interpolation", "alignment", "curve", "autoneb")
+# Flags that are fields of `Options` of the same names.
+OPTIONS = (
+    "examples",
+    "batch_size",
+    "norms",
+    "weight_decay",
+    "mask",
+    "train_steps",
+    "seed",
+)
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -63,12 +76,75 @@ def define_flags(values: flags.FlagValues) -> None:
 def main(argv: Sequence[str]) -> None:
     """Asks one question of one run."""
     what = _what(argv)
-    question = STUDIES[what]
+    _check_flags(what)
+    study = open_run(flags.FLAGS.run, flags.FLAGS.step, flags.FLAGS.data_dir)
+    against = tuple(_open(text) for text in flags.FLAGS.against)
+    for other in against:
+        study.check_same_model(other)
+    folder = study.run.paths.root / "analysis"
+    if not STUDIES[what].whole_run:
+        folder = folder / f"step_{study.step}"
+    chosen: dict[str, Any] = {k: flags.FLAGS[k].value for k in OPTIONS}
+    options = Options(against=against, **chosen)
+    record = _record(what, study, options)
+    stem = folder / _stem(what, record)
+    if _done(stem, record):
+        print(f"{stem}.json is there; nothing to do.")
+        print(json.loads(stem.with_suffix(".json").read_text())["text"])
+        return
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    options = options._replace(
+        state_file=stem.with_suffix(".partial.npz"), tag=digest, progress=_progress()
+    )
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not os.access(there, os.W_OK):
+        raise UserError(_unwritable(folder, "no permission"))
+    try:
+        found = STUDIES[what].ask(study, options)
+        _write(stem, found, record)
+    except ValueError as error:
+        raise UserError(f"{what}: {error}") from error
+    except OSError as error:
+        raise UserError(_unwritable(folder, error.strerror)) from error
+    print(f"{study.name}, step {study.step}: {found.text}")
+    print(f"{stem}*")
+
+
+def _unwritable(folder: Path, why: str | None) -> str:
+    return (
+        f"cannot write to {folder} ({why}); analyse a copy of the run in a directory "
+        "that you may write to"
+    )
+
+
+def _what(argv: Sequence[str]) -> str:
+    names = "\n".join(f"  {k:<16}{q.about}" for k, q in STUDIES.items())
+    if len(argv) != 2 or argv[1] not in STUDIES:
+        given = " ".join(argv[1:]) or "nothing"
+        raise UserError(f"say what to analyse ({given} is given), one of\n{names}")
+    return argv[1]
+
+
+def _check_flags(what: str) -> None:
+    question, default = STUDIES[what], Options()
     least = {"step": -1, "examples": -1, "batch_size": 0, "train_steps": 0, "seed": 0}
     for name, low in (least | {"weight_decay": 0.0}).items():
         value: Any = flags.FLAGS[name].value
         if value < low:
             raise UserError(f"--{name}={value} must be at least {low}")
+    for name in OPTIONS:
+        value = flags.FLAGS[name].value
+        if name not in question.uses and value != getattr(default, name):
+            heeded = ", ".join(f"--{k}" for k in question.uses) or "none of them"
+            raise UserError(
+                f"--{name}={value} does nothing for {what}; leave it out ({heeded} "
+                "would)"
+            )
+    if question.whole_run and flags.FLAGS.step != -1:
+        raise UserError(
+            f"--step={flags.FLAGS.step} does nothing for {what}, which looks at all "
+            "checkpoints; leave it out"
+        )
     if not flags.FLAGS.run:
         raise UserError("--run is missing; give the seed_N directory of a run")
     if flags.FLAGS.norms == "recomputed" and what not in PATHS:
@@ -80,73 +156,45 @@ def main(argv: Sequence[str]) -> None:
     if not low <= n <= high:
         wanted = f"{low}" if low == high else f"{low} to {high}"
         raise UserError(f"--against names {n} runs; {what} needs {wanted}")
-    study = open_run(flags.FLAGS.run, flags.FLAGS.step, flags.FLAGS.data_dir)
-    against = tuple(_open(text) for text in flags.FLAGS.against)
-    for other in against:
-        study.check_same_model(other)
-    folder = study.run.paths.root / "analysis"
-    if not question.whole_run:
-        folder = folder / f"step_{study.step}"
-    options = _options(what, against)
-    record = _record(what, study, options)
-    stem = folder / _stem(what, record)
-    if _done(stem, record):
-        print(f"{stem}.json is there; nothing to do.")
-        print(json.loads(stem.with_suffix(".json").read_text())["text"])
-        return
-    options = options._replace(
-        state_file=stem.with_suffix(".partial.npz"), progress=_progress()
-    )
-    try:
-        found = question.ask(study, options)
-    except ValueError as error:
-        raise UserError(f"{what}: {error}") from error
-    _write(stem, found, record)
-    print(f"{study.name}, step {study.step}: {found.text}")
-    print(f"{stem}*")
-
-
-PATHS = ("interpolation", "alignment", "curve", "autoneb")
-
-
-def _what(argv: Sequence[str]) -> str:
-    names = "\n".join(f"  {k:<16}{q.about}" for k, q in STUDIES.items())
-    if len(argv) != 2 or argv[1] not in STUDIES:
-        given = " ".join(argv[1:]) or "nothing"
-        raise UserError(f"say what to analyse ({given} is given), one of\n{names}")
-    return argv[1]
 
 
 def _open(text: str) -> Study:
-    directory, _, step = text.partition("@")
+    directory, at, step = text.rpartition("@")
+    if not at or "/" in step:  # an @ of the directory's name
+        directory, step = text, ""
     if step and not step.isdigit():
         raise UserError(f"--against={text}: {step!r} is no step; write DIR@500")
     return open_run(directory, int(step or -1), flags.FLAGS.data_dir)
 
 
-def _options(what: str, against: tuple[Study, ...]) -> Options:
-    names = ("examples", "batch_size", "norms", "weight_decay", "mask", "train_steps")
-    chosen: dict[str, Any] = {
-        name: flags.FLAGS[name].value for name in (*names, "seed")
-    }
-    return Options(against=against, **chosen)
-
-
 def _record(what: str, study: Study, options: Options) -> dict[str, Any]:
     """What the findings depend on, as JSON."""
-    own = options._asdict() | {
-        "against": [f"{s.run.paths.root.resolve()}@{s.step}" for s in options.against]
+    networks = [study, *options.against]
+    own = {k: getattr(options, k) for k in OPTIONS}
+    return {
+        "what": what,
+        "lottery_flow": _version.__version__,
+        "steps": study.steps() if STUDIES[what].whole_run else [study.step],
+        "against": [f"{s.run.paths.root.resolve()}@{s.step}" for s in options.against],
+        "networks": [_digest(s) for s in networks],
+        **own,
     }
-    for name in ("state_file", "progress"):
-        del own[name]
-    return {"what": what, "step": study.step, **own}
+
+
+def _digest(study: Study) -> str:
+    """Of the parameters, masks and statistics of a network."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tuple(study.network)):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def _stem(what: str, record: dict[str, Any]) -> str:
     """The study's name, with a hash of the options that are not its defaults."""
-    default = Options()._asdict()
-    own = {k: v for k, v in record.items() if k in default and v != default[k]}
-    own = {k: v for k, v in own.items() if v not in ((), [])}
+    default = Options()
+    own = {k: record[k] for k in OPTIONS if record[k] != getattr(default, k)}
+    if record["against"]:
+        own["against"] = record["against"]
     if not own:
         return what
     text = json.dumps(own, sort_keys=True)
@@ -154,7 +202,7 @@ def _stem(what: str, record: dict[str, Any]) -> str:
 
 
 def _done(stem: Path, record: dict[str, Any]) -> bool:
-    """Whether the same was found before; what looks at all checkpoints, up to now."""
+    """Whether the same was found before, of the same networks."""
     path = stem.with_suffix(".json")
     if not path.exists():
         return False
@@ -163,27 +211,20 @@ def _done(stem: Path, record: dict[str, Any]) -> bool:
 
 
 def _write(stem: Path, found: Findings, record: dict[str, Any]) -> None:
-    try:
-        for name, table in found.tables.items():
-            path = _path(stem, name)
-            results.save(path.with_suffix(".csv"), table)
-            if hasattr(table, "_fields"):
-                results.save(path.with_suffix(".npz"), table)
-        for name, figure in found.figures.items():
-            results.save(_path(stem, name).with_suffix(".png"), figure)
-        about = {
-            "text": found.text,
-            "lottery_flow": _version.__version__,
-            "jax": jax.__version__,
-            "backend": jax.default_backend(),
-        }
-        text = json.dumps(record | about, indent=2) + "\n"
-        runs.write_atomically(stem.with_suffix(".json"), text)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {stem.parent} ({error.strerror}); analyse a copy of the "
-            "run in a directory that you may write to"
-        ) from error
+    for name, table in found.tables.items():
+        path = _path(stem, name)
+        results.save(path.with_suffix(".csv"), table)
+        if hasattr(table, "_fields"):
+            results.save(path.with_suffix(".npz"), table)
+    for name, figure in found.figures.items():
+        results.save(_path(stem, name).with_suffix(".png"), figure)
+    about = {
+        "text": found.text,
+        "jax": jax.__version__,
+        "backend": jax.default_backend(),
+    }
+    text = json.dumps(record | about, indent=2) + "\n"
+    runs.write_atomically(stem.with_suffix(".json"), text)
 
 
 def _path(stem: Path, name: str) -> Path:

@@ -233,21 +233,26 @@ def _network(config, model, shapes, seed: int, n_active) -> checkpoint.Network:
             )
     if sparsity.weights_from:
         source = _source(config, "weights", seed, shapes)
-    options = {
-        "fan": config.model.init_fan,
-        "distribution": config.model.init_distribution,
-        "gain": config.model.init_gain,
-    }
     recipe = draw.Recipe(
         model_init=model.init,
         init=config.model.init,
-        init_options=tuple((k, v) for k, v in options.items() if v),
+        init_options=tuple(init_options(config).items()),
         n_active=tuple(n_active.items()),
         full_masks=sparsity.rule == "gradual_pruning",
         shuffle_masks=sparsity.shuffle_masks,
     )
     taken = None if source is None else (source.params, source.batch_stats)
     return draw.draw(recipe, key, source_masks, taken)
+
+
+def init_options(config: ConfigDict) -> dict[str, Any]:
+    """What a configuration asks of its initialisation, beside the init's own."""
+    options = {
+        "fan": config.model.init_fan,
+        "distribution": config.model.init_distribution,
+        "gain": config.model.init_gain,
+    }
+    return {k: v for k, v in options.items() if v}
 
 
 def _source(config, what: str, seed: int, params) -> checkpoint.Network:

@@ -34,13 +34,19 @@ class Network(NamedTuple):
     masks: Any
 
 
-def manager(directory: Path, keep: int = 0) -> ocp.CheckpointManager:
+def manager(
+    directory: Path, keep: int = 0, *, read_only: bool = False
+) -> ocp.CheckpointManager:
     """An orbax manager of a run's checkpoints.
 
     Args:
       directory: made if it does not exist.
       keep: newest checkpoints to keep, beside that of step 0; 0 keeps all.
+      read_only: only restores, and leaves alone what another process is writing.
     """
+    if read_only:
+        options = ocp.CheckpointManagerOptions(read_only=True)
+        return ocp.CheckpointManager(directory.absolute(), options=options)
     policies = ocp.checkpoint_managers
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(

@@ -84,7 +84,12 @@ class Study(NamedTuple):
     def train_batches(self, examples: int, batch_size: int) -> Batches:
         """The first training images, in the order of the data set; 0: all of them."""
         data = _load(self)
-        n = examples or len(data.train_labels)
+        n, most = examples or len(data.train_labels), len(data.train_labels)
+        if n > most:
+            raise UserError(
+                f"--examples={n}: the data set has {most} training images; give at "
+                "most as many, or 0 for all"
+            )
         return _batches(data.train_images[:n], data.train_labels[:n], batch_size)
 
     def test_batches(self, batch_size: int) -> Batches:

@@ -173,7 +173,7 @@ def start(run: Run, step: int, create_fn: Callable) -> TrainState:
     # that its masks came from is gone.
     _LOG.info("going on from the checkpoint of step %d", step)
     _, network = checkpoint.restore_network(directory, step)
-    with checkpoint.manager(directory, job.keep_checkpoints) as manager:
+    with checkpoint.manager(directory, read_only=True) as manager:
         return checkpoint.restore(
             manager, step, jax.eval_shape(create_fn, network, *own)
         )

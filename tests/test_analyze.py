@@ -1,17 +1,20 @@
 """Questions asked of finished runs, through the command."""
 
 import json
+import shutil
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pandas as pd
 import pytest
 import run_cli
 
-from lottery_flow import analyze
+from lottery_flow import analyze, models
 from lottery_flow.analysis import results, spectrum
+from lottery_flow.analysis.active import active_space
 from lottery_flow.studies import STUDIES
-from lottery_flow.study import open_run
+from lottery_flow.study import next_rewire, open_run
 
 RIGL = {
     "sparsity__sparsity": 0.5,
@@ -51,17 +54,17 @@ def against(what: str, runs) -> list[str]:
 
 @pytest.mark.parametrize("what", STUDIES)
 def test_each_study_writes_tables_and_figures_once(what, runs):
-    run = runs[0]
-    step = ["--step=5"] if what.startswith("rewire") else []
-    args = what, f"--run={run}", "--examples=60", "--train_steps=3", *step
-    args = *args, *against(what, runs)
+    run, uses = runs[0], STUDIES[what].uses
+    args = [what, f"--run={run}", *against(what, runs)]
+    args += ["--step=5"] if what.startswith("rewire") else []
+    args += ["--examples=60"] if "examples" in uses else []
+    args += ["--train_steps=3"] if "train_steps" in uses else []
     outcome = ask(*args)
     assert outcome.status == 0, outcome.stderr
     assert not outcome.errors
-    (record,) = (run / "analysis").rglob(f"{what}-????????.json")
+    (record,) = (run / "analysis").rglob(f"{what}*.json")
     wanted = json.loads(record.read_text())
     assert wanted["what"] == what
-    assert wanted["examples"] == 60
     assert wanted["text"] in outcome.stdout
     parts = sorted(record.parent.glob(f"{record.stem}*"))
     kinds = {p.suffix for p in parts}
@@ -75,6 +78,81 @@ def test_each_study_writes_tables_and_figures_once(what, runs):
     assert "nothing to do" in again.stdout
     assert wanted["text"] in again.stdout
     assert run_cli.snapshot(run) == before
+
+
+def test_a_run_that_changed_is_analysed_again(runs, tmp_path):
+    """The files of another network of the same name do not count."""
+    run = tmp_path / "run"
+    shutil.copytree(runs[1], run)
+    assert "nothing" not in ask("calibration", f"--run={run}").stdout
+    assert "nothing to do" in ask("calibration", f"--run={run}").stdout
+    shutil.rmtree(run / "checkpoints")
+    shutil.copytree(runs[2] / "checkpoints", run / "checkpoints")
+    outcome = ask("calibration", f"--run={run}")
+    assert outcome.status == 0
+    assert "nothing" not in outcome.stdout
+
+
+def test_networks_with_norms_have_their_own_statistics(tmp_path, monkeypatch):
+    """A rewire far from the checkpoint, and the end of a path."""
+
+    def small(n_classes, **options):
+        return Small(nn.relu, norm=True)
+
+    class Small(nn.Module):
+        activation: object
+        norm: bool
+
+        @nn.compact
+        def __call__(self, images, train=False):
+            x = nn.Dense(4, name="hidden")(images.reshape(len(images), -1))
+            x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+            return nn.Dense(10, name="logits")(self.activation(x))
+
+    monkeypatch.setitem(models.MODELS, "resnet18", small)
+    args = run_cli.flag_list(
+        "rigl_mlp:smoke",
+        tmp_path,
+        train__seeds="(0,1)",
+        train__figure=False,
+        model__name="resnet18",
+        **RIGL | {"sparsity__begin_steps": 9},
+    )
+    models.create.cache_clear()
+    assert run_cli.in_process(*args).status == 0
+    first, second = (run_cli.run_directory(tmp_path, i) for i in (0, 1))
+    step = "--step=0"
+    outcome = ask("rewire_spectra", f"--run={first}", step, "--examples=60")
+    assert outcome.status == 0, outcome.stderr
+    (path,) = (first / "analysis").rglob("rewire_spectra-*_after.npz")
+    found = results.load(path, spectrum.Spectrum)
+    study = open_run(first, 0)
+    with jax.numpy_dtype_promotion("standard"):  # optax and flax mix types
+        due, _, after = next_rewire(study)
+        assert due > 5
+        wanted = spectrum.exact_spectrum(
+            study._replace(network=after).objective("frozen"),
+            after.params,
+            after.masks,
+            study.train_batches(60, 60),
+        )
+        scale = np.abs(wanted.eigenvalues).max()
+        np.testing.assert_allclose(
+            found.eigenvalues, wanted.eigenvalues, atol=1e-4 * scale
+        )
+        off = spectrum.exact_spectrum(
+            study.objective("frozen"),  # the statistics of step 0
+            after.params,
+            after.masks,
+            study.train_batches(60, 60),
+        )
+        assert np.abs(off.eigenvalues[-1] - wanted.eigenvalues[-1]) > 1e-2 * scale
+    line = "interpolation", f"--run={first}", f"--against={second}"
+    assert "statistics of their own" in ask(*line, "--norms=frozen").errors[0]
+    assert ask(*line, "--examples=60", "--mask=own").status == 0
+    flow = ask("gradient_flow", f"--run={first}", "--norms=frozen")
+    assert "each checkpoint has statistics of its own" in flow.errors[0]
+    models.create.cache_clear()
 
 
 def rows_of(run):
@@ -107,17 +185,17 @@ def test_the_spectrum_is_that_of_the_library(runs):
     (path,) = (runs[2] / "analysis" / "step_0").glob("spectrum-*.npz")
     found = results.load(path, spectrum.Spectrum)
     study = open_run(runs[2], 0)
-    wanted = spectrum.exact_spectrum(
-        study.objective("frozen", 0.1),
-        jax.tree.map(jax.numpy.asarray, study.network.params),
-        study.network.masks,
-        study.train_batches(70, 35),
-    )
+    flat, unravel = jax.flatten_util.ravel_pytree(study.network.params)
+    (batch,) = study.train_batches(70, 70)
+    loss = study.objective("frozen", 0.1).loss
+    whole = jax.jit(jax.hessian(lambda x: loss(unravel(x), batch)))(flat)
+    space = active_space(study.network.params, study.network.masks)
+    index = space.flatten(unravel(jax.numpy.arange(len(flat), dtype=flat.dtype)))
+    index = np.asarray(index, int)
+    dense = np.linalg.eigvalsh(np.asarray(whole, np.float64)[np.ix_(index, index)])
     np.testing.assert_allclose(
-        found.eigenvalues, wanted.eigenvalues, atol=1e-5 * wanted.eigenvalues[-1]
+        np.sort(found.frame()["eigenvalue"]), dense, atol=1e-5 * dense[-1]
     )
-    n_active = sum(np.sum(m) for m in jax.tree.leaves(study.network.masks))
-    assert len(found.eigenvalues) + found.n_dead >= n_active
 
 
 def test_options_have_files_of_their_own(runs):
@@ -143,6 +221,10 @@ def test_options_have_files_of_their_own(runs):
         (["rules", "--run={dense}"], "is dense; give a sparse run"),
         (["spectrum", "--run={run}", "--norms=recomputed"], "--norms=recomputed is"),
         (["surface", "--run={run}", "--against={run}"], "needs two runs, or none"),
+        (["masks", "--run={run}", "--examples=9"], "--examples=9 does nothing for"),
+        (["distances", "--run={run}", "--step=5"], "looks at all checkpoints"),
+        (["trace", "--run={run}", "--examples=99999"], "training images; give at most"),
+        (["rules", "--run={run}", "--examples=0"], "for the growth scores; give at"),
         (["masks", "--run={run}", "--against={run}@x"], "'x' is no step"),
         (["masks", "--run={run}", "--steps=3"], "steps"),
         (["mds", "--run={run}", "--against={other}"], "model.widths is"),

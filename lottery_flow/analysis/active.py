@@ -4,6 +4,7 @@ Inactive weights are not coordinates, so a linear map of this space (a Hessian) 
 spurious zero eigenvalues, and its vectors are as small as the sparse network.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +34,13 @@ class ActiveSpace(NamedTuple):
     shapes: tuple[Any, ...]
     treedef: Any
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Of vectors: that of all leaves together, at least float32."""
+        kinds = [shape.dtype for shape in self.shapes]
+        with jax.numpy_dtype_promotion("standard"):  # whatever is asked of others
+            return np.dtype(functools.reduce(jnp.promote_types, kinds, jnp.float32))
+
     def flatten(self, tree: PyTree) -> Float[Array, " n"]:
         """The active entries of a tree of the same shapes; the others are left out."""
         leaves = self.treedef.flatten_up_to(tree)
@@ -40,8 +48,8 @@ class ActiveSpace(NamedTuple):
 
     def entries(self, i: int, leaf: Float[Array, "..."]) -> Float[Array, " m"]:
         """The active entries of the leaf that is number i."""
-        index = self.indices[i]
-        return jnp.ravel(leaf) if index is None else jnp.ravel(leaf)[index]
+        index, flat = self.indices[i], jnp.ravel(leaf).astype(self.dtype)
+        return flat if index is None else flat[index]
 
     def unflatten(self, vector: Float[Array, " n"]) -> PyTree:
         """The tree with these active entries, exactly zero elsewhere."""
@@ -52,9 +60,10 @@ class ActiveSpace(NamedTuple):
     def scatter(self, i: int, entries: Float[Array, " m"]) -> Float[Array, "..."]:
         """The leaf that is number i, with these active entries and zeros elsewhere."""
         index, shape = self.indices[i], self.shapes[i]
+        entries = entries.astype(shape.dtype)
         if index is None:
             return entries.reshape(shape.shape)
-        zeros = jnp.zeros(shape.size, entries.dtype)
+        zeros = jnp.zeros(shape.size, shape.dtype)
         leaf = zeros.at[index].set(
             entries, unique_indices=True, indices_are_sorted=True
         )

@@ -4,9 +4,9 @@
 
 for the pivots p_i of a chain between fixed ends, with g_i the gradient of the loss at
 p_i and tau_i the unit tangent of the chain there (Draxler et al. 2018, arXiv
-1803.00885, sec. 3; the nudged elastic band of Jonsson et al. 1998, with springs of
-infinite strength). A chain that no longer moves is a path of steepest descent on both
-sides of its highest point, a saddle.
+1803.00885; the nudged elastic band of Jonsson et al. 1998, with springs of infinite
+strength). A fine chain that no longer moves is a path of steepest descent on both sides
+of its highest point, a saddle.
 
 The tangent is that of Henkelman & Jonsson 2000 (J. Chem. Phys. 113, 9978, eqs. 8-11):
 towards the neighbour of higher loss; at a pivot above or below both its neighbours, a
@@ -24,7 +24,6 @@ import pandas as pd
 from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
-from lottery_flow.analysis import batches as batches_lib
 from lottery_flow.analysis import curves, figures
 from lottery_flow.analysis.active import active_space
 from lottery_flow.analysis.batches import Batches
@@ -120,7 +119,6 @@ def connect(
         )
     masks = masks_lib.dense(start) if masks is None else masks
     curves.check_ends(start, end, masks)
-    batches_lib.total(batches)
     space = active_space(start, masks)
     places = np.linspace(0, 1, n_pivots + 2)  # fractions of the chain's length
     line = curves.straight(start, end)

@@ -7,7 +7,7 @@ sequence, live on the device, on the host or spread over the devices of a mesh a
 their first axis, and the last one may be smaller.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,12 +46,17 @@ def size(batch: Any) -> int:
     return sizes.pop()
 
 
-def total(batches: Batches) -> int:
+def total(batches: Any) -> int:
     """The number of examples of all batches.
 
     Raises:
       ValueError: there is no batch.
     """
+    if isinstance(batches, Mapping) or not hasattr(batches, "__len__"):
+        raise ValueError(
+            f"batches is a {type(batches).__name__}, not a sequence of batches; write "
+            "batches.split(data, batch_size)"
+        )
     if not len(batches):
         raise ValueError("batches is empty; give at least one batch")
     return sum(size(batch) for batch in batches)

@@ -26,6 +26,7 @@ from lottery_flow.analysis import batches as batches_lib
 from lottery_flow.analysis import figures
 from lottery_flow.analysis.active import active_space
 from lottery_flow.analysis.batches import Batches
+from lottery_flow.analysis.curvature import precise
 from lottery_flow.analysis.objective import Objective
 from lottery_flow.sparsity.masks import Masks, Params
 
@@ -141,13 +142,14 @@ def class_structure(
             rows = jax.vmap(lambda u: space.flatten(pull_back(u)[0]))(to_label)
             return p, rows
 
-        p, rows = jax.vmap(of_example)(batch)  # [b c], [b c n]
-        own = jax.nn.one_hot(batch["label"], n_classes, dtype=p.dtype)
-        return (
-            jnp.einsum("bk,bc,bcn->kcn", own, p, rows),
-            jnp.einsum("bk,bc->kc", own, p),
-            jnp.einsum("bk,bc,bc->kc", own, p, jnp.sum(rows * rows, axis=-1)),
-        )
+        with precise():
+            p, rows = jax.vmap(of_example)(batch)  # [b c], [b c n]
+            own = jax.nn.one_hot(batch["label"], n_classes, dtype=p.dtype)
+            return (
+                jnp.einsum("bk,bc,bcn->kcn", own, p, rows),
+                jnp.einsum("bk,bc->kc", own, p),
+                jnp.einsum("bk,bc,bc->kc", own, p, jnp.sum(rows * rows, axis=-1)),
+            )
 
     shape = n_classes, n_classes
     means, weights, squares = (

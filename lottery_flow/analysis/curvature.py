@@ -54,6 +54,8 @@ def hessian(
     params: Params,
     masks: Masks | None,
     batches: Batches,
+    *,
+    block: int | None = None,
 ) -> Operator:
     """The Hessian of the mean loss over all batches.
 
@@ -62,6 +64,7 @@ def hessian(
       params: where it is taken.
       masks: what is active; None: everything.
       batches: of any size and number, see `batches`; may be spread over devices.
+      block: vectors that are multiplied at once, see `each`.
 
     Guarantees:
       - Equals the rows and columns of `jax.hessian` that belong to active parameters.
@@ -72,7 +75,7 @@ def hessian(
     def product(params, tangent, batch):
         return jax.jvp(lambda p: jax.grad(loss_fn)(p, batch), (params,), (tangent,))[1]
 
-    return _operator(product, params, masks, batches)
+    return _operator(product, params, masks, batches, block)
 
 
 def gauss_newton(
@@ -80,6 +83,8 @@ def gauss_newton(
     params: Params,
     masks: Masks | None,
     batches: Batches,
+    *,
+    block: int | None = None,
 ) -> Operator:
     """The Gauss-Newton part of the Hessian, without the penalty.
 
@@ -99,7 +104,7 @@ def gauss_newton(
         curved = jax.jvp(jax.grad(criterion), (logits,), (pushed,))[1]
         return pull_back(curved)[0]
 
-    return _operator(product, params, masks, batches)
+    return _operator(product, params, masks, batches, block)
 
 
 def residual(
@@ -107,6 +112,8 @@ def residual(
     params: Params,
     masks: Masks | None,
     batches: Batches,
+    *,
+    block: int | None = None,
 ) -> Operator:
     """The rest of the Hessian: curvature of the logits, weighted with the slopes.
 
@@ -118,7 +125,7 @@ def residual(
         linear = with_fixed_slopes(objective, params, batch)
         return jax.jvp(jax.grad(linear), (params,), (tangent,))[1]
 
-    return _operator(product, params, masks, batches)
+    return _operator(product, params, masks, batches, block)
 
 
 def with_fixed_slopes(objective: Objective, params: Params, batch) -> Callable:
@@ -138,7 +145,10 @@ def hvp(
     batches: Batches,
     tangent: PyTree,
 ) -> PyTree:
-    """mask o H o mask times a tree of the shape of the parameters, as such a tree."""
+    """mask o H o mask times a tree of the shape of the parameters, as such a tree.
+
+    Compiles at each call; for many products make a `hessian` once.
+    """
     operator = hessian(loss_fn, params, masks, batches)
     return operator.space.unflatten(operator(operator.space.flatten(tangent)))
 
@@ -148,7 +158,12 @@ def gradient(
 ) -> Float[Array, " n"]:
     """The gradient of the mean loss, in the space of active parameters."""
     space = active_space(params, masks)
-    grad = jax.jit(lambda p, batch: space.flatten(jax.grad(loss_fn)(p, batch)))
+
+    @jax.jit
+    def grad(params, batch):
+        with precise():
+            return space.flatten(jax.grad(loss_fn)(params, batch))
+
     return batches_lib.mean(lambda batch: grad(params, batch), batches)
 
 
@@ -310,9 +325,13 @@ def layer_of_each(space: ActiveSpace) -> np.ndarray:
     return np.concatenate(names)
 
 
-def dtype(space: ActiveSpace) -> np.dtype:
-    """That of vectors of the space."""
-    return jnp.result_type(*space.shapes)
+def precise():
+    """A context in which accelerators multiply in full float32.
+
+    By default they may round factors to 10 bits and fewer, which is more than small
+    eigenvalues are.
+    """
+    return jax.default_matmul_precision("highest")
 
 
 def each(fn: Callable, xs: Array, block: int | None = None) -> Array:
@@ -327,7 +346,7 @@ def each(fn: Callable, xs: Array, block: int | None = None) -> Array:
     return jax.lax.map(fn, xs, batch_size=block)
 
 
-def _operator(product: Callable, params, masks, batches: Batches) -> Operator:
+def _operator(product: Callable, params, masks, batches, block) -> Operator:
     space = active_space(params, masks)
     batches_lib.total(batches)  # says so if there are none
 
@@ -336,7 +355,8 @@ def _operator(product: Callable, params, masks, batches: Batches) -> Operator:
         def one(vector):
             return space.flatten(product(params, space.unflatten(vector), batch))
 
-        return each(one, vectors)
+        with precise():
+            return each(one, vectors, block)
 
     def of_all(vectors):
         return batches_lib.mean(lambda batch: of_batch(params, vectors, batch), batches)
@@ -348,7 +368,7 @@ def _probes(operator, key, n_probes, block, progress):
     """Blocks of Rademacher vectors and their products, float64 on the host."""
     if n_probes < 1 or block < 1:
         raise ValueError(f"n_probes={n_probes} and block={block} must be at least 1")
-    kind = dtype(operator.space)
+    kind = operator.space.dtype
     draw = jax.jit(
         lambda i: jax.random.rademacher(
             jax.random.fold_in(key, i), (block, operator.space.n), kind

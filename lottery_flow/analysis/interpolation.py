@@ -6,8 +6,8 @@
     instability = max_{0 <= alpha <= 1} E(alpha) - [E(0) + E(1)] / 2    (E: error)
 
 The line is that of Goodfellow et al. 2015 (arXiv 1412.6544), between sparse networks as
-in Evci et al. 2022, sec. 4; the instability that of Frankle et al. 2020 (arXiv
-1912.05671), who call two networks stable, or linearly connected, below 2 %.
+in Evci et al. 2022; the instability that of Frankle et al. 2020 (arXiv 1912.05671), who
+call two networks stable, or linearly connected, below 2 %.
 
 Norms need a choice of statistics at each point. An objective has those that it was made
 with, which are kept. `interpolated_norms` interpolates the running statistics of the
@@ -164,7 +164,7 @@ def barrier(path: Path) -> float:
 def instability(path: Path) -> float:
     """The highest error on the path minus the mean of those of the ends, a fraction.
 
-    Below 0.02 the ends are stable (Frankle et al. 2020, sec. 2).
+    Below 0.02 the ends are stable (Frankle et al. 2020).
 
     Raises:
       ValueError: the path lacks alpha 0 or 1, or accuracies.

@@ -14,6 +14,7 @@ k vectors of each of s probes take s k n floats.
 """
 
 import os
+import zipfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from jaxtyping import Array, Float, Key
 from matplotlib.figure import Figure
 
 from lottery_flow.analysis import figures
-from lottery_flow.analysis.curvature import Operator, Progress, dtype
+from lottery_flow.analysis.curvature import Operator, Progress, precise
 
 
 class Tridiagonal(NamedTuple):
@@ -77,6 +78,11 @@ def advance(
     vectors = so_far.basis[done]
     products = operator.product(vectors)
     alpha = jnp.sum(vectors * products, axis=1)
+    if not bool(jnp.all(jnp.isfinite(alpha))):
+        raise ValueError(
+            "a product with the operator is not finite; look for parameters or inputs "
+            "that are not"
+        )
     w, norm = _orthogonalize(so_far.basis, products)
     scale = jnp.linalg.norm(products, axis=1)
     # What rounding leaves of a vector that lies in the space of the others.
@@ -101,6 +107,7 @@ def lanczos(
     key: Key[Array, ""],
     *,
     state_file: str | Path | None = None,
+    tag: str = "",
     save_every: int = 10,
     progress: Progress | None = None,
 ) -> Tridiagonal:
@@ -113,6 +120,8 @@ def lanczos(
       key: for directions where a chain is exhausted.
       state_file: an `.npz` to which the state is written now and then, and from which
         an interrupted call goes on; deleted at the end.
+      tag: kept in the file; a file of another tag is refused. Say what the operator is
+        of, since its first product tells only if it is another one altogether.
       save_every: steps between two writes.
       progress: called with (steps done, all steps).
 
@@ -128,11 +137,11 @@ def lanczos(
     state = start(vectors, n_steps)
     path = None if state_file is None else Path(state_file)
     if path is not None and path.exists():
-        state = _resume(path, operator, state)
+        state = _resume(path, operator, state, tag)
     while state.n_steps < n_steps:
         state = advance(operator, state, key)
         if path is not None and state.n_steps % save_every == 0:
-            _save(path, state)
+            _save(path, state, tag)
         if progress is not None:
             progress(state.n_steps, n_steps)
     if path is not None:
@@ -200,9 +209,14 @@ def top_eigenpairs(
         )
     n = operator.space.n
     n_steps, k = min(max_steps, n), min(k, n)
-    first = jax.random.normal(key, (1, n), dtype(operator.space))
-    state = start(first, n_steps)
+    if n_steps < k:
+        raise ValueError(f"max_steps={max_steps} must be at least k={k}")
+    first = jax.random.normal(key, (1, n), operator.space.dtype)
+    state = start(first, min(n_steps, 32))
     while True:
+        if state.n_steps == len(state.basis) - 1:  # full; there is rarely need for more
+            more = jnp.zeros((state.n_steps, 1, n), first.dtype)
+            state = state._replace(basis=jnp.concatenate([state.basis, more]))
         state = advance(operator, state, key)
         done = state.n_steps
         if progress is not None:
@@ -295,6 +309,7 @@ def spectral_density(
     n_steps: int = 100,
     n_probes: int = 10,
     state_file: str | Path | None = None,
+    tag: str = "",
     save_every: int = 10,
     progress: Progress | None = None,
 ) -> Density:
@@ -305,7 +320,7 @@ def spectral_density(
       key: of the start vectors.
       n_steps: nodes of each probe.
       n_probes: start vectors; all take a step together.
-      state_file, save_every, progress: see `lanczos`.
+      state_file, tag, save_every, progress: see `lanczos`.
 
     Guarantees:
       - For one probe v, the first 2 n_steps - 1 moments are those of v exactly; their
@@ -314,9 +329,17 @@ def spectral_density(
     if n_probes < 1:
         raise ValueError(f"n_probes={n_probes} must be at least 1")
     shape = n_probes, operator.space.n
-    vectors = jax.random.normal(key, shape, dtype(operator.space))
-    options = {"state_file": state_file, "save_every": save_every, "progress": progress}
-    state = lanczos(operator, vectors, n_steps, key, **options)
+    vectors = jax.random.normal(key, shape, operator.space.dtype)
+    state = lanczos(
+        operator,
+        vectors,
+        n_steps,
+        key,
+        state_file=state_file,
+        tag=tag,
+        save_every=save_every,
+        progress=progress,
+    )
     decomposed = [state.decompose(i) for i in range(n_probes)]
     nodes = np.stack([values for values, _ in decomposed])
     weights = np.stack([np.square(vectors[0]) for _, vectors in decomposed])
@@ -341,7 +364,8 @@ def _orthogonalize(basis, vectors):
         coefficients = jnp.einsum("ksn,sn->ks", basis, w)
         return w - jnp.einsum("ksn,ks->sn", basis, coefficients)
 
-    w = jax.lax.fori_loop(0, 2, project, vectors)
+    with precise():
+        w = jax.lax.fori_loop(0, 2, project, vectors)
     norm = jnp.linalg.norm(w, axis=1)
     safe = jnp.where(norm > 0, norm, jnp.ones_like(norm))
     return w / safe[:, None], norm
@@ -352,19 +376,27 @@ def _append(basis, vectors, i):
     return basis.at[i].set(vectors)
 
 
-def _save(path: Path, state: Tridiagonal) -> None:
+def _save(path: Path, state: Tridiagonal, tag: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name("." + path.name)
     basis = np.asarray(state.basis[: state.n_steps + 1])
     with open(temporary, "wb") as f:
-        np.savez(f, basis=basis, diagonal=state.diagonal, beside=state.beside)
+        np.savez(f, basis=basis, diagonal=state.diagonal, beside=state.beside, tag=tag)
     os.replace(temporary, path)
 
 
-def _resume(path: Path, operator: Operator, fresh: Tridiagonal) -> Tridiagonal:
+def _resume(
+    path: Path, operator: Operator, fresh: Tridiagonal, tag: str
+) -> Tridiagonal:
     other = f"{path} is of another {{}}; move it away to begin anew"
-    with np.load(path, allow_pickle=False) as found:
-        basis, diagonal, beside = found["basis"], found["diagonal"], found["beside"]
+    try:
+        with open(path, "rb") as f, np.load(f, allow_pickle=False) as found:
+            basis, diagonal, beside = found["basis"], found["diagonal"], found["beside"]
+            kept = str(found["tag"])
+    except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged; move it away to begin anew") from error
+    if kept != tag:
+        raise ValueError(other.format("network, loss or data"))
     begun = np.asarray(fresh.basis[0])
     if (
         basis.shape[1:] != begun.shape

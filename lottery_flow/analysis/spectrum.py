@@ -30,8 +30,8 @@ from lottery_flow.analysis.active import ActiveSpace, active_space
 from lottery_flow.analysis.batches import Batches
 from lottery_flow.analysis.curvature import (
     Progress,
-    dtype,
     each,
+    precise,
     with_fixed_slopes,
 )
 from lottery_flow.analysis.objective import LossFn, Objective
@@ -46,7 +46,8 @@ class Spectrum(NamedTuple):
     Attributes:
       eigenvalues: float64, ascending, without those of the dead coordinates.
       n_dead: coordinates whose row is exactly zero: parameters of units that are
-        inactive for every example. Their zeros are not curvature.
+        inactive for every example, or of inputs that are always zero. Their zeros are
+        not curvature. A penalty gives kernels a row of their own.
     """
 
     eigenvalues: np.ndarray
@@ -88,7 +89,15 @@ class Spectrum(NamedTuple):
 
 
 def spectrum(matrix: np.ndarray) -> Spectrum:
-    """The eigenvalues of a symmetric matrix, float64 [n n], on the host."""
+    """The eigenvalues of a symmetric matrix, float64 [n n], on the host.
+
+    Raises:
+      ValueError: it is not finite.
+    """
+    if not np.all(np.isfinite(matrix)):
+        raise ValueError(
+            "the Hessian is not finite; look for parameters or inputs that are not"
+        )
     alive = np.any(matrix != 0, axis=1)
     inner = matrix[np.ix_(alive, alive)]
     return Spectrum(np.linalg.eigvalsh(inner), int(np.sum(~alive)))
@@ -135,6 +144,7 @@ def hessian_matrix(
     *,
     block: int | None = None,
     progress: Progress | None = None,
+    max_n: int = 20_000,
 ) -> np.ndarray:
     """The Hessian of the mean loss over the active parameters, float64 [n n].
 
@@ -148,12 +158,22 @@ def hessian_matrix(
       block: directions taken at once; None: one on a CPU, whose caches hold no more,
         32 elsewhere.
       progress: called with (batches done, all batches).
+      max_n: refuses more active parameters than this: the matrix takes 8 n^2 bytes, and
+        as much again while it is made.
+
+    Raises:
+      ValueError: more active parameters than `max_n`.
 
     Guarantees:
       - Equals the rows and columns of `jax.hessian` that belong to active parameters.
       - Exactly symmetric.
     """
     space = active_space(params, masks)
+    if space.n > max_n:
+        raise ValueError(
+            f"{space.n} active parameters make a matrix of {8e-9 * space.n**2:.0f} GB; "
+            "estimate it by lanczos.spectral_density (density), or raise max_n"
+        )
     n = batches_lib.total(batches)
     matrix = np.zeros((space.n, space.n))
     if isinstance(objective, Objective) and objective.separable:
@@ -231,7 +251,8 @@ def _factors(objective: Objective, space: ActiveSpace, params, batch):
         curvature = jax.hessian(lambda z: objective.criterion(z[None], one)[0])(logits)
         return rows, curvature @ rows
 
-    rows, curved = jax.vmap(jacobian)(batch)
+    with precise():
+        rows, curved = jax.vmap(jacobian)(batch)
     return rows.reshape(-1, space.n), curved.reshape(-1, space.n)
 
 
@@ -340,13 +361,14 @@ def _rows(
 
     def make(params, batch):
         def row(number):
-            unit = jax.nn.one_hot(number, ends[-1], dtype=dtype(space))
+            unit = jax.nn.one_hot(number, ends[-1], dtype=space.dtype)
             parts = jnp.split(unit, ends[:-1])
             along = [space.scatter(i, p) for i, p in zip(group, parts, strict=True)]
             found = _along(fn, space, group, wanted, along, params, batch)
             entries = (space.entries(i, f) for i, f in zip(wanted, found, strict=True))
             return jnp.concatenate(list(entries))
 
-        return each(row, jnp.arange(ends[-1]), block)
+        with precise():
+            return each(row, jnp.arange(ends[-1]), block)
 
     return make

@@ -24,6 +24,7 @@ class Options(NamedTuple):
       train_steps: of a curve, and of all cycles of an AutoNEB together.
       seed: of what a study draws.
       state_file: where long work keeps its state.
+      tag: of what it is the state.
       progress: called with (done, all).
     """
 
@@ -36,6 +37,7 @@ class Options(NamedTuple):
     train_steps: int = 2000
     seed: int = 0
     state_file: Path | None = None
+    tag: str = ""
     progress: Progress | None = None
 
 
@@ -54,11 +56,15 @@ class Findings(NamedTuple):
 
 
 def network(
-    study: Study, options: Options, norms: str, examples: int, batch_size: int = 1000
+    study: Study, options: Options, norms: str, examples: int, batch_size: int = 0
 ) -> tuple[Any, Any, Any, Any]:
     """Objective, parameters, masks and training batches; the defaults are a study's."""
-    n = examples if options.examples < 0 else options.examples
-    batches = study.train_batches(n, options.batch_size or batch_size)
+    n = options.examples
+    if n < 0:
+        n = min(examples, study.job.spec.n_train)
+    # The examples of a probe in one batch, as in training: norms may see that.
+    size = options.batch_size or batch_size or max(n, 1000)
+    batches = study.train_batches(n, size)
     objective = study.objective(options.norms or norms, options.weight_decay)
     return objective, device(study.network.params), study.network.masks, batches
 

@@ -1,9 +1,13 @@
 """Gradient flow and signal propagation of a run."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from lottery_flow.analysis import batches as batches_lib
 from lottery_flow.analysis import gradient_flow, gradient_noise, signal
+from lottery_flow.build import init_options
 from lottery_flow.errors import UserError
 from lottery_flow.sparsity import initializers, rules, schedules
 from lottery_flow.studies.common import Findings, Options, device, network
@@ -38,6 +42,11 @@ def gradient_norm(study: Study, options: Options) -> Findings:
 def gradient_flow_(study: Study, options: Options) -> Findings:
     """Gradient flow over all checkpoints."""
     objective, *_, batches = network(study, options, "batch", study.job.probe_examples)
+    if options.norms == "frozen" and study.network.batch_stats:
+        raise UserError(
+            "--norms=frozen: each checkpoint has statistics of its own; leave it out, "
+            "or ask gradient_norm of each"
+        )
     networks = ((step, n.params, n.masks) for step, n in study.networks())
     frame = gradient_flow.trajectory(objective.loss, networks, batches)
     whole = frame[frame["layer"] == "all"]["gradient_norm"].to_numpy()
@@ -56,6 +65,7 @@ def noise(study: Study, options: Options) -> Findings:
 def rewire(study: Study, options: Options) -> Findings:
     """What the next rewire of the run does to gradient flow."""
     step, before, after = next_rewire(study)
+    study = study._replace(network=before)  # its statistics of norms, too
     objective, *_, batches = network(study, options, "batch", study.job.probe_examples)
     found = gradient_flow.rewire_gain(
         objective.loss,
@@ -78,13 +88,13 @@ def compare_rules(study: Study, options: Options) -> Findings:
     if not jax.tree.leaves(masks):
         raise UserError(f"--run={study.run.paths.root} is dense; give a sparse run")
     # Growth scores come from examples of their own, as in the paper.
-    n = options.examples if options.examples > 0 else study.job.probe_examples
-    grow = study.train_batches(2 * n, n)[1:]
-    if not grow:
+    n, most = batches_lib.total(batches), study.job.spec.n_train // 2
+    if n > most:
         raise UserError(
-            f"--examples={n}: as many again are needed for the growth scores; give at "
-            f"most {study.job.spec.n_train // 2}"
+            f"--examples={options.examples}: as many again are needed for the growth "
+            f"scores; give at most {most}"
         )
+    grow = study.train_batches(2 * n, n)[1:]
     fraction = study.config.sparsity.drop_fraction
     due, drop = schedules.every(1), schedules.constant(fraction)
     make = {
@@ -116,7 +126,10 @@ def signal_propagation(study: Study, options: Options) -> Findings:
     n = options.batch_size or 500
     images = jax.random.normal(jax.random.fold_in(key, 0), (n, *spec.image_shape))
     labels = jax.random.randint(jax.random.fold_in(key, 1), (n,), 0, spec.n_classes)
-    init = initializers.INITIALIZERS[study.config.model.init]
+    init = functools.partial(
+        initializers.INITIALIZERS[study.config.model.init],
+        **init_options(study.config),
+    )
 
     def trace(params, batch, perturbations):
         return model.trace(params, stats, batch["image"], True, perturbations)

@@ -1,6 +1,7 @@
 """Curvature of the loss at a network of a run."""
 
 import jax
+import numpy as np
 
 from lottery_flow.analysis import class_structure, curvature, lanczos, spectrum
 from lottery_flow.studies.common import Findings, Options, device, network
@@ -19,6 +20,7 @@ def exact_spectrum(study: Study, options: Options) -> Findings:
 def rewire_spectra(study: Study, options: Options) -> Findings:
     """Exact spectra just before and just after the next rewire."""
     step, before, after = next_rewire(study)
+    study = study._replace(network=before)  # its statistics of norms, too
     objective, _, _, batches = network(study, options, "frozen", 10_000, 50)
     pair = spectrum.rewire_spectra(
         objective,
@@ -39,16 +41,27 @@ def top_eigenvalues(study: Study, options: Options) -> Findings:
     key = jax.random.key(options.seed)
     pairs = {
         which: lanczos.top_eigenpairs(
-            operator, 10, key, which=which, progress=options.progress
+            operator,
+            10,
+            key,
+            which=which,
+            tolerance=1e-5,
+            progress=options.progress,
         )
         for which in ("largest", "smallest")
     }
     gradient = curvature.gradient(objective.loss, *args)
     overlap = curvature.gradient_overlap(gradient, pairs["largest"].vectors)
+    unsure = [
+        which
+        for which, pair in pairs.items()
+        if np.any(pair.residuals > 1e-5 * np.abs(pairs["largest"].values[0]))
+    ]
     text = (
         f"largest {pairs['largest'].values[0]:.6g}, smallest "
         f"{pairs['smallest'].values[0]:.6g}; {100 * overlap['overlap'].iloc[-1]:.1f} % "
         "of the squared gradient lies in the ten largest eigenvectors"
+        + "".join(f"; the {which} did not converge" for which in unsure)
     )
     figures = {k: lanczos.plot_top_eigenpairs(v) for k, v in pairs.items()}
     figures["overlap"] = curvature.plot_gradient_overlap(overlap)
@@ -64,6 +77,7 @@ def density(study: Study, options: Options) -> Findings:
         n_steps=100,
         n_probes=10,
         state_file=options.state_file,
+        tag=options.tag,
         progress=options.progress,
     )
     text = (

@@ -49,6 +49,10 @@ def embedding(study: Study, options: Options) -> Findings:
 
 def loss_surface(study: Study, options: Options) -> Findings:
     """The loss around a network, or on the plane through it and two others."""
+    if options.norms == "frozen" and options.against and study.network.batch_stats:
+        raise UserError(
+            "--norms=frozen: three networks have three statistics; leave it out"
+        )
     norms = options.norms or ("batch" if study.network.batch_stats else "frozen")
     objective, params, masks, batches = network(study, options, norms, 5000, 1000)
     if len(options.against) == 1:

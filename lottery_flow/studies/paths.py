@@ -18,6 +18,7 @@ def interpolate(study: Study, options: Options) -> Findings:
     start, end = _ends(study, options)
     found = interpolation.linear(objective, start, end, batches, mask="none")
     text = f"to {other.name} (step {other.step}): {_barrier(found)}"
+    text += _cut(study, options)
     return Findings({"": found}, {"": interpolation.plot_paths(found)}, text)
 
 
@@ -29,7 +30,8 @@ def align(study: Study, options: Options) -> Findings:
             f"alignment: {study.config.model.name} is no plain chain of layers; use "
             "lottery_flow.analysis.alignment with a specification of its own"
         )
-    start, end = _ends(study, options)
+    # Permuted units have other masks: each network keeps its own.
+    start, end = device(study.network.params), device(other.network.params)
     spec = alignment.chain(start, list(study.job.model.positions))
     permutations = alignment.weight_matching(spec, start, end)
     moved = alignment.permute(spec, permutations, end)
@@ -87,6 +89,7 @@ def curve(study: Study, options: Options) -> Findings:
     text = f"to {other.name}: " + "; ".join(
         f"{name}: {_barrier(path)}" for name, path in paths.items()
     )
+    text += _cut(study, options)
     return Findings(
         {"": frame, "training": training},
         {
@@ -119,7 +122,7 @@ def neb(study: Study, options: Options) -> Findings:
         measured=objective,
     )
     path = curves.evaluate(objective, chain, measured, abscissa="length")
-    text = f"to {other.name}: {_barrier(path)}"
+    text = f"to {other.name}: {_barrier(path)}" + _cut(study, options)
     return Findings(
         {"": path, "cycles": history},
         {"": interpolation.plot_paths(path), "cycles": autoneb.plot_cycles(history)},
@@ -156,10 +159,14 @@ def _path(study: Study, options: Options):
     """What to measure along a path, and on which batches."""
     n = max(options.examples, 0)
     batches = study.train_batches(n, options.batch_size or 1000)
-    norms = options.norms or "recomputed"
-    if norms != "recomputed" or not study.network.batch_stats:
-        own = "frozen" if norms == "recomputed" else norms
-        return study.objective(own, options.weight_decay), batches
+    if not study.network.batch_stats or options.norms == "batch":
+        norms = "batch" if options.norms == "batch" else "frozen"
+        return study.objective(norms, options.weight_decay), batches
+    if options.norms == "frozen":
+        raise UserError(
+            "--norms=frozen: the networks on a path have statistics of their own; "
+            "write recomputed or batch"
+        )
 
     def objective_at(stats):
         at = study._replace(network=study.network._replace(batch_stats=stats))
@@ -180,6 +187,21 @@ def _shuffled(study: Study, options: Options):
     size = options.batch_size or study.job.batch_size
     cut = [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
     return [jax.tree.map(lambda x, i=i: x[i], data) for i in cut or [order]]
+
+
+def _cut(study: Study, options: Options) -> str:
+    """What the mask has taken from the ends, if anything."""
+    whole = study.network.params, options.against[0].network.params
+    names = study.name, options.against[0].name
+    text = ""
+    for name, own, end in zip(names, whole, _ends(study, options), strict=True):
+        n, left = (
+            sum(int(np.count_nonzero(w)) for w in jax.tree.leaves(tree))
+            for tree in (own, end)
+        )
+        if left < n:
+            text += f"; --mask={options.mask} leaves {left} of {n} weights of {name}"
+    return text
 
 
 def _barrier(path: interpolation.Path) -> str:

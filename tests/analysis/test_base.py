@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 from small_networks import network
 
-from lottery_flow.analysis import batches, figures, objective, results
+from lottery_flow.analysis import batches, curvature, figures, objective, results
 from lottery_flow.analysis.active import active_space
 from lottery_flow.analysis.lanczos import Density
 
@@ -62,6 +62,25 @@ def test_batches_cover_the_data_once_and_means_are_over_examples():
         batches.split(data, 0)
     with pytest.raises(ValueError, match="batches is empty"):
         batches.mean(lambda b: 0.0, [])
+    with pytest.raises(ValueError, match=r"a dict, .* write batches\.split\(data"):
+        batches.total(data)
+
+
+def test_vectors_are_float32_at_least_whatever_the_leaves_are():
+    params = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(3, jnp.float32)}
+    space = active_space(params)
+    vector = space.flatten(params)
+    assert vector.dtype == space.dtype == np.float32
+    kinds = jax.tree.map(lambda x: x.dtype, space.unflatten(vector))
+    assert kinds == {"a": jnp.bfloat16, "b": jnp.float32}
+    half = {"a": jnp.ones(2, jnp.bfloat16)}
+    assert active_space(half).dtype == np.float32
+
+    def loss(p, batch):
+        return jnp.sum(p["a"].astype(jnp.float32) ** 2) + jnp.sum(p["b"] ** 2)
+
+    operator = curvature.hessian(loss, params, None, [np.ones(1)])
+    np.testing.assert_array_equal(operator(vector), [2.0] * 5)
 
 
 def test_the_objective_is_cross_entropy_and_the_penalty_half_the_squares_of_kernels():

@@ -30,9 +30,16 @@ def flax_training():
     return jax.numpy_dtype_promotion("standard")
 
 
+def flipped(net):
+    """Another network of the model, without the time to initialise one."""
+    trees = {k: getattr(net, k) for k in ("params", "batch_stats", "masks")}
+    return net._replace(**jax.tree.map(lambda leaf: np.flip(np.asarray(leaf)), trees))
+
+
 @functools.cache  # for what is compiled for them, which is most of the time
 def two_networks(norm=False):
-    return network(norm=norm), network(norm=norm, seed=1)
+    first = network(norm=norm)
+    return first, flipped(first)
 
 
 @functools.cache
@@ -351,7 +358,7 @@ def deep(**options):
 
 def test_statistics_are_the_weighted_means_of_those_of_the_batches_layer_by_layer():
     model, params, stats = deep()
-    data = network().data
+    data = two_networks()[0].data
     cut = batches.split(data, 4)
     found = interpolation.recompute_statistics(
         model.apply, params, stats, cut, preprocess=lambda x: 2.0 * x + 1.0
@@ -375,7 +382,7 @@ def test_statistics_are_the_weighted_means_of_those_of_the_batches_layer_by_laye
 
 def test_with_the_statistics_of_one_batch_evaluation_is_training():
     model, params, stats = deep()
-    data = network().data
+    data = two_networks()[0].data
     found = interpolation.recompute_statistics(model.apply, params, stats, [data])
     evaluated, _ = model.apply(params, found, data["image"], False)
     trained, _ = model.apply(params, stats, data["image"], True)
@@ -384,7 +391,7 @@ def test_with_the_statistics_of_one_batch_evaluation_is_training():
 
 def test_recomputing_does_not_depend_on_the_running_statistics():
     model, params, stats = deep()
-    cut = batches.split(network().data, 4)
+    cut = batches.split(two_networks()[0].data, 4)
     found = [
         interpolation.recompute_statistics(model.apply, params, running, cut)
         for running in (stats, jax.tree.map(lambda s: 1e6 * s, stats))
@@ -395,7 +402,9 @@ def test_recomputing_does_not_depend_on_the_running_statistics():
 def test_a_norm_that_training_leaves_alone_is_refused():
     model, params, stats = deep(frozen=True)
     with pytest.raises(ValueError, match="second/mean does not change"):
-        interpolation.recompute_statistics(model.apply, params, stats, [network().data])
+        interpolation.recompute_statistics(
+            model.apply, params, stats, [two_networks()[0].data]
+        )
 
 
 def test_without_norms_there_is_nothing_to_recompute():

@@ -132,6 +132,14 @@ def test_before_and_after_a_rewire():
             np.testing.assert_allclose(found.eigenvalues, np.linalg.eigvalsh(wanted))
 
 
+def test_what_is_too_large_or_not_finite_gets_a_sentence():
+    params = {"w": jnp.ones(30)}
+    with pytest.raises(ValueError, match="30 active parameters make a matrix"):
+        spectrum.hessian_matrix(lambda p, b: 0.0, params, None, [np.ones(1)], max_n=29)
+    with pytest.raises(ValueError, match="not finite"):
+        spectrum.spectrum(np.full((2, 2), np.nan))
+
+
 def test_results_are_saved_and_shown(tmp_path):
     found = spectrum.spectrum(np.diag([-1.0, 0.0, 2.0, 3.0]))
     path = results.save(tmp_path / "a.npz", found)
