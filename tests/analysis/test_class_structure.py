@@ -17,13 +17,14 @@ def brute_force(net, objective):
     space = curvature.active_space(net.params, net.masks)
     labels, n = net.data["label"], len(net.data["label"])
     g, p = np.zeros((n, N_CLASSES, space.n)), np.zeros((n, N_CLASSES))
+    predict = jax.jit(lambda one: jax.nn.softmax(objective.logits(net.params, one)[0]))
+    grad = jax.jit(lambda one: space.flatten(jax.grad(objective.loss)(net.params, one)))
     for i in range(n):
         one = jax.tree.map(lambda x, i=i: x[i : i + 1], net.data)
-        p[i] = jax.nn.softmax(objective.logits(net.params, one)[0])
+        p[i] = predict(one)
         for c in range(N_CLASSES):
             other = one | {"label": np.array([c], np.int32)}
-            loss = jax.grad(objective.loss)(net.params, other)
-            g[i, c] = space.flatten(loss)
+            g[i, c] = grad(other)
     parts = {k: np.zeros((space.n,) * 2) for k in ("class", "cross", "within", "same")}
     for c in range(N_CLASSES):
         mine = np.flatnonzero(labels == c)

@@ -80,11 +80,16 @@ def test_gauss_newton_and_residual_make_the_hessian():
         batches = batches_lib.split(net.data, 6)
         args = net.params, net.masks, batches
         space = active_space(net.params, net.masks)
+
+        @jax.jit
+        def jacobian(batch):
+            jac = jax.jacobian(lambda p: objective.logits(p, batch))(net.params)
+            p = jax.nn.softmax(objective.logits(net.params, batch))
+            return jax.vmap(jax.vmap(space.flatten))(jac), p  # [b c n], [b c]
+
         wanted = 0.0
         for batch in batches:
-            jac = jax.jacobian(lambda p, b=batch: objective.logits(p, b))(net.params)
-            flat = jax.vmap(jax.vmap(space.flatten))(jac)  # [b c n]
-            p = np.asarray(jax.nn.softmax(objective.logits(net.params, batch)))
+            flat, p = map(np.asarray, jacobian(batch))
             middle = np.stack([np.diag(q) - np.outer(q, q) for q in p])
             wanted = wanted + np.einsum("bci,bcd,bdj->ij", flat, middle, flat) / 11
         gauss_newton = all_columns(curvature.gauss_newton(objective, *args))

@@ -1,5 +1,6 @@
 """Reading prepared TFDS data: real ArrayRecord files, only tiny."""
 
+import importlib
 import json
 import logging
 import sys
@@ -42,9 +43,13 @@ def cache_of(directory):
 def test_reads_in_dataset_order_without_tensorflow(
     name, tmp_path, write_tfds, monkeypatch, caplog
 ):
-    monkeypatch.setitem(sys.modules, "tensorflow", None)
     spec, splits = tiny(name, n_train=1203)  # more than one block
     folder = write_tfds(tmp_path, name, splits)
+    # TFDS asks once for each type whether it is of TensorFlow, and would take the entry
+    # below for the module.
+    tfds = importlib.import_module("tensorflow_datasets")
+    tfds.builder(name, data_dir=str(tmp_path))
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
     assert_read(tfds_arrays.load(spec, str(tmp_path)), splits)
     assert cache_of(tmp_path).name == f"{name}-{folder.name}.npz"
     assert_read(tfds_arrays.load(spec, str(tmp_path)), splits)
