@@ -92,9 +92,10 @@ def main(argv: Sequence[str]) -> None:
         print(f"{stem}.json is there; nothing to do.")
         print(json.loads(stem.with_suffix(".json").read_text())["text"])
         return
-    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     options = options._replace(
-        state_file=stem.with_suffix(".partial.npz"), tag=digest, progress=_progress()
+        state_file=stem.with_suffix(".partial.npz"),
+        tag=_hash(record),
+        progress=_progress(),
     )
     there = next(p for p in (folder, *folder.parents) if p.exists())
     if not os.access(there, os.W_OK):
@@ -197,8 +198,11 @@ def _stem(what: str, record: dict[str, Any]) -> str:
         own["against"] = record["against"]
     if not own:
         return what
-    text = json.dumps(own, sort_keys=True)
-    return f"{what}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return f"{what}-{_hash(own)[:8]}"
+
+
+def _hash(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _done(stem: Path, record: dict[str, Any]) -> bool:

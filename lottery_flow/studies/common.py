@@ -70,4 +70,5 @@ def network(
 
 
 def device(params):
+    """Parameters of a checkpoint as arrays of jax."""
     return jax.tree.map(jnp.asarray, params)

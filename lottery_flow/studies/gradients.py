@@ -17,7 +17,7 @@ SPARSITIES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99)
 
 
 def gradient_norm(study: Study, options: Options) -> Findings:
-    """Gradient flow by layer, and the noise of the gradient."""
+    """Gradient flow by layer, and how far a step takes the loss down."""
     args = network(study, options, "batch", study.job.probe_examples)
     found = gradient_flow.gradient_norm(args[0].loss, *args[1:])
     rate = float(jnp.asarray(study.job.learning_rate(study.step)))
@@ -26,8 +26,7 @@ def gradient_norm(study: Study, options: Options) -> Findings:
     text = (
         f"gradient norm {found.gradient_norm[0]:.4g}; a step of learning rate "
         f"{rate:.3g} takes {decrease.measured:.4g} off the loss, "
-        f"{decrease.predicted[0]:.4g} to "
-        "first order"
+        f"{decrease.predicted[0]:.4g} to first order"
     )
     return Findings(
         {"": found, "decrease": decrease},
@@ -143,7 +142,7 @@ def signal_propagation(study: Study, options: Options) -> Findings:
             trace,
             init,
             make,
-            jax.tree.map(jnp.asarray, study.network.params),
+            device(study.network.params),
             {"image": images, "label": labels},
             SPARSITIES,
             n_draws=5,

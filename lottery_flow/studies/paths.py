@@ -40,14 +40,8 @@ def align(study: Study, options: Options) -> Findings:
         name: interpolation.linear(objective, start, to, batches, mask="none")
         for name, to in (("as they are", end), ("aligned", moved))
     }
-    frame = pd.concat(
-        [path.frame().assign(path=name) for name, path in paths.items()],
-        ignore_index=True,
-    )
+    frame, text = _side_by_side(other, paths)
     distances = alignment.compare(spec, start, end, permutations)
-    text = f"to {other.name}: " + "; ".join(
-        f"{name}: {_barrier(path)}" for name, path in paths.items()
-    )
     return Findings(
         {"": frame, "distances": distances},
         {
@@ -82,13 +76,7 @@ def curve(study: Study, options: Options) -> Findings:
         "curve": curves.evaluate(objective, trained, batches),
         "line": curves.evaluate(objective, curves.straight(start, end), batches),
     }
-    frame = pd.concat(
-        [path.frame().assign(path=name) for name, path in paths.items()],
-        ignore_index=True,
-    )
-    text = f"to {other.name}: " + "; ".join(
-        f"{name}: {_barrier(path)}" for name, path in paths.items()
-    )
+    frame, text = _side_by_side(other, paths)
     text += _cut(study, options)
     return Findings(
         {"": frame, "training": training},
@@ -187,6 +175,16 @@ def _shuffled(study: Study, options: Options):
     size = options.batch_size or study.job.batch_size
     cut = [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
     return [jax.tree.map(lambda x, i=i: x[i], data) for i in cut or [order]]
+
+
+def _side_by_side(
+    other: Study, paths: dict[str, interpolation.Path]
+) -> tuple[pd.DataFrame, str]:
+    """Several paths to the same network as one table, and their barriers."""
+    frames = [path.frame().assign(path=name) for name, path in paths.items()]
+    barriers = (f"{name}: {_barrier(path)}" for name, path in paths.items())
+    text = f"to {other.name}: " + "; ".join(barriers)
+    return pd.concat(frames, ignore_index=True), text
 
 
 def _cut(study: Study, options: Options) -> str:
