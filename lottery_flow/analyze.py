@@ -14,10 +14,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import pandas as pd
 from absl import flags
 
 from lottery_flow import _version, command, runs
@@ -81,17 +82,49 @@ def main(argv: Sequence[str]) -> None:
     against = tuple(_open(text) for text in flags.FLAGS.against)
     for other in against:
         study.check_same_model(other)
-    folder = study.run.paths.root / "analysis"
-    if not STUDIES[what].whole_run:
-        folder = folder / f"step_{study.step}"
     chosen: dict[str, Any] = {k: flags.FLAGS[k].value for k in OPTIONS}
-    options = Options(against=against, **chosen)
+    found = answer(what, study, Options(against=against, **chosen))
+    if not found.new:
+        print(f"{found.stem}.json is there; nothing to do.")
+    print(f"{study.name}, step {study.step}: {found.text}")
+    print(f"{found.stem}*")
+
+
+class Answer(NamedTuple):
+    """What a study found.
+
+    Attributes:
+      text: a few words.
+      stem: path of its files, without what each is called and its ending.
+      new: whether it was found now.
+    """
+
+    text: str
+    stem: Path
+    new: bool
+
+    def table(self, name: str = "") -> pd.DataFrame:
+        """One of its tables, "" being the main one."""
+        return pd.read_csv(_path(self.stem, name).with_suffix(".csv"))
+
+
+def answer(what: str, study: Study, options: Options) -> Answer:
+    """Asks a question, unless its answer lies beside the checkpoint already.
+
+    Args:
+      what: one of `studies.STUDIES`.
+      study: the opened run.
+      options: what was chosen; where long work keeps its state is filled in here.
+
+    Raises:
+      UserError: the question makes no sense, or the answer cannot be written.
+    """
+    found = find(what, study, options)
+    if found is not None:
+        return found
     record = _record(what, study, options)
-    stem = folder / _stem(what, record)
-    if _done(stem, record):
-        print(f"{stem}.json is there; nothing to do.")
-        print(json.loads(stem.with_suffix(".json").read_text())["text"])
-        return
+    stem = _place(study, record)
+    folder = stem.parent
     options = options._replace(
         state_file=stem.with_suffix(".partial.npz"),
         tag=_hash(record),
@@ -107,8 +140,25 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"{what}: {error}") from error
     except OSError as error:
         raise UserError(_unwritable(folder, error.strerror)) from error
-    print(f"{study.name}, step {study.step}: {found.text}")
-    print(f"{stem}*")
+    return Answer(found.text, stem, new=True)
+
+
+def find(what: str, study: Study, options: Options) -> Answer | None:
+    """The answer that lies beside the checkpoint already, if there is one."""
+    record = _record(what, study, options)
+    stem = _place(study, record)
+    if not _done(stem, record):
+        return None
+    return Answer(
+        json.loads(stem.with_suffix(".json").read_text())["text"], stem, False
+    )
+
+
+def _place(study: Study, record: dict[str, Any]) -> Path:
+    folder = study.run.paths.root / "analysis"
+    if not STUDIES[record["what"]].whole_run:
+        folder = folder / f"step_{study.step}"
+    return folder / _stem(record["what"], record)
 
 
 def _unwritable(folder: Path, why: str | None) -> str:

@@ -118,12 +118,16 @@ def _decay(config) -> optax.Schedule:
     if config.optim.schedule == "constant":
         after = optax.constant_schedule(1.0)
     else:
-        after = optax.cosine_decay_schedule(1.0, config.train.total_steps - warmup)
+        after = optax.cosine_decay_schedule(1.0, _schedule_steps(config) - warmup)
     if not warmup:
         return after
     return optax.join_schedules(
         [optax.linear_schedule(0.0, 1.0, warmup), after], [warmup]
     )
+
+
+def _schedule_steps(config) -> int:
+    return config.optim.schedule_steps or config.train.total_steps
 
 
 def _scaled(schedule: optax.Schedule, factor: Any) -> optax.Schedule:
@@ -157,7 +161,7 @@ def _fade(config, decay: optax.Schedule) -> optax.Schedule | None:
     if sparsity.drop_schedule == "constant":
         return schedules.constant(1.0)
     if sparsity.drop_schedule == "cosine":
-        end = config.train.total_steps if sparsity.end_steps < 0 else sparsity.end_steps
+        end = _schedule_steps(config) if sparsity.end_steps < 0 else sparsity.end_steps
         return schedules.cosine(1.0, max(end, 1))
     if config.optim.warmup_steps:
         raise UserError(

@@ -66,6 +66,11 @@ def fields(config: ConfigDict) -> None:
             f"optim.warmup_steps={config.optim.warmup_steps} leaves no step of "
             f"train.total_steps={train.total_steps}; warm up for fewer"
         )
+    if 0 != config.optim.schedule_steps < train.total_steps:
+        raise UserError(
+            f"optim.schedule_steps={config.optim.schedule_steps} ends before "
+            f"train.total_steps={train.total_steps}; give at least as many, or 0"
+        )
     end = sparsity.end_steps
     if sparsity.rule != "static" and end != -1 and end < sparsity.begin_steps:
         raise UserError(

@@ -53,7 +53,10 @@ def default() -> ConfigDict:
                 # momentum: v = m v + g, w -= lr v; adam; adamw.
                 "name": "keras_momentum",
                 "learning_rate": 0.05,
-                "schedule": "cosine",  # cosine (to zero over all steps), constant
+                "schedule": "cosine",  # cosine (to zero), constant
+                # Steps until the schedule's end, which a run may stop short of;
+                # 0: train.total_steps.
+                "schedule_steps": 0,
                 "warmup_steps": 0,  # linear, from zero
                 "momentum": 0.9,
                 "nesterov": False,
@@ -84,7 +87,7 @@ def default() -> ConfigDict:
                 "interval_steps": 100,
                 "drop_fraction": 0.3,
                 # learning_rate (in proportion to it), cosine (to zero at
-                # end_steps, else at the last step), constant.
+                # end_steps, else with optim.schedule_steps), constant.
                 "drop_schedule": "learning_rate",
                 "timing": "after",  # after the gradient step, or instead of it
                 # Growth scores are taken on this many training images of their

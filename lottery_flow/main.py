@@ -35,7 +35,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"unknown argument {argv[1]!r}; flags begin with --")
     config = _load_config()
     # Everything is checked for all members before the first is trained.
-    started = [(own, _run(own, seed)) for own, seed in members.members(config)]
+    workdir = flags.FLAGS.workdir
+    started = [(own, open_(own, s, workdir)) for own, s in members.members(config)]
     unfinished = [(own, run) for own, run in started if not run.paths.done.exists()]
     if unfinished:
         train_all(unfinished)
@@ -45,10 +46,15 @@ def main(argv: Sequence[str]) -> None:
         print(run.paths.summary.read_text())
 
 
-def _run(config, seed: int) -> Run:
+def open_(config: ConfigDict, seed: int, workdir: str) -> Run:
+    """The run of a configuration and a seed, checked; nothing is written.
+
+    Raises:
+      UserError: a field makes no sense, or the directory holds another run.
+    """
     fields, default = flat_fields(config), flat_fields(config_lib.default())
     job = build(config, seed)
-    paths = runs.run_paths(flags.FLAGS.workdir, fields, default, seed)
+    paths = runs.run_paths(workdir, fields, default, seed)
     record = {"seed": seed, **fields}
     runs.check(paths, record)
     return Run(job, paths, record)

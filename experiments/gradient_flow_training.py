@@ -1,0 +1,81 @@
+"""Gradient norm during training (the paper's figure 2, LeNet-5).
+
+The L2 norm of the gradient of the mean cross-entropy over all active parameters, on
+the first 1,000 training images, without weight decay; a "+" is the per-neuron
+initialisation.
+"""
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments import paper, tables
+from experiments.publish import Tables
+from experiments.trainings import Setup, Training
+from lottery_flow.analysis import figures
+
+ABOUT = "gradient norm during training"
+METHODS = ("lottery", "scratch", "set", "rigl")
+
+
+def settings(setup: Setup) -> dict:
+    """Nothing beside the trainings."""
+    return {}
+
+
+def runs(setup: Setup, data: str = "mnist") -> list[Training]:
+    """LeNet-5 by all methods of the figure."""
+    found = [
+        Training("lenet5", method, data=data)
+        for method in ("dense", "small_dense", "prune")
+    ]
+    found += [Training("lenet5", m, masks="pruned", data=data) for m in METHODS]
+    found += [Training("lenet5", m, "per_neuron", "pruned", data) for m in METHODS[1:]]
+    return found
+
+
+def collect(setup: Setup, data: str = "mnist") -> Tables:
+    """A row for each run and logged step."""
+    return {"": tables.curves(runs(setup, data), setup, ["gradient_norm"])}
+
+
+def named(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with a column `curve`, the method with a + for the sparse init."""
+    plus = np.where(rows["init"] == "per_neuron", "+", "")
+    return rows.assign(curve=rows["method"] + plus)
+
+
+def plot(found: Tables) -> dict[str, Figure]:
+    """Mean and range over the seeds; the paper's curves as dots."""
+    rows = named(found[""])
+    fig, axes = figures.new(1, 2, sharey=True)
+    sparse = ["lottery", "scratch", "scratch+", "rigl+", "small_dense"]
+    others = [c for c in dict.fromkeys(rows["curve"]) if c not in sparse]
+    for ax, curves in zip(axes, (sparse, [*others, "rigl+"]), strict=True):
+        for i, curve in enumerate(curves):
+            own = rows[(rows["curve"] == curve) & (rows["step"] > 0)]
+            grouped = own.groupby("step")["gradient_norm"]
+            mean, low, high = grouped.mean(), grouped.min(), grouped.max()
+            ax.plot(mean.index, mean, color=f"C{i}", label=curve, lw=1.3)
+            ax.fill_between(mean.index, low, high, color=f"C{i}", alpha=0.15, lw=0)
+            if ax is axes[0] and set(rows["data"]) == {"mnist"}:
+                dots = paper.GRADIENT_NORM[curve]
+                ax.plot(list(dots), list(dots.values()), f"C{i}o", ms=3.5)
+        ax.set(xscale="log", yscale="log", xlabel="step", ylabel="gradient norm")
+        ax.legend(fontsize=8)
+    axes[0].set_title("dots: the paper")
+    return {"": fig}
+
+
+def beside(found: Tables) -> pd.DataFrame:
+    """Means at some steps, ours and the paper's."""
+    mean = (
+        named(found[""]).groupby(["curve", "step"], sort=False)["gradient_norm"].mean()
+    )
+    lines = []
+    for curve, theirs in paper.GRADIENT_NORM.items():
+        for step in (100, 200, 600, 1000, 2000, 5000, 11719):
+            if (curve, step) in mean.index:
+                ours = mean[curve, step]
+                lines.append((curve, step, f"{ours:.3f}", f"{theirs[step]:.3f}"))
+    return pd.DataFrame(lines, columns=["curve", "step", "ours", "paper"])

@@ -1,0 +1,147 @@
+"""Trains what is missing, as populations.
+
+Networks that one program can train together are one population: those with the same
+batches first, since they share the work on them, otherwise all seeds of a setting. On
+a CPU, every core trains a population of its own; what stopped goes on from its newest
+checkpoints, and a finished run is not repeated.
+"""
+
+import collections
+import csv
+import functools
+import json
+import resource
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments import pool
+from experiments.trainings import Setup, Training
+from lottery_flow import main, runs
+
+# Members of one program at most: more gain nothing and take memory.
+_MOST = 20
+
+
+Member = tuple[Training, int]
+
+
+class Population(NamedTuple):
+    """What is trained by one program: `(training, seed)` of each member."""
+
+    members: tuple[Member, ...]
+
+    @property
+    def label(self) -> str:
+        """For people: the settings and their seeds."""
+        names = ", ".join(dict.fromkeys(t.label for t, _ in self.members))
+        seeds = ", ".join(str(s) for s in sorted({s for _, s in self.members}))
+        return f"{names}; seed {seeds}"
+
+
+def missing(trainings: Iterable[Training], setup: Setup) -> list[Member]:
+    """Those that are not finished, with the seeds that they need."""
+    wanted: dict[tuple[Training, int], None] = {}
+    for training in trainings:
+        for seed in training.seeds(setup):
+            if training.source is not None:
+                own = seed if training.source_seed is None else training.source_seed
+                wanted[training.source, own] = None
+            wanted[training, seed] = None
+    return [(t, s) for t, s in wanted if not _done(t.run(setup, s))]
+
+
+def populations(members: Sequence[Member], setup: Setup) -> list[Population]:
+    """Cuts the members into populations."""
+    settings = collections.defaultdict(lambda: collections.defaultdict(list))
+    for training, seed in members:
+        config = training.config(setup)
+        run = main.open_(config, seed, setup.workdir)
+        # Whether there are masks at all is part of the program too.
+        kind = (run.job.setting, config.sparsity.sparsity > 0)
+        # In smoke runs compiling costs most: one program for all of a setting.
+        order = 0 if setup.smoke else run.job.data_seed
+        settings[json.dumps(kind, sort_keys=True)][order].append((training, seed))
+    found = []
+    for orders in settings.values():
+        alone = [m for group in orders.values() if len(group) == 1 for m in group]
+        groups = [group for group in orders.values() if len(group) > 1]
+        for group in [alone, *groups]:
+            parts = range(0, len(group), _MOST)
+            found += [Population(tuple(group[i : i + _MOST])) for i in parts]
+    return found
+
+
+def launch(trainings: Iterable[Training], setup: Setup) -> None:
+    """Trains whatever of the trainings, and of their sources, is not finished.
+
+    Raises:
+      UserError: a field makes no sense, or runs failed; all others are finished.
+    """
+    trainings = list(trainings)
+    todo, sources = missing(trainings, setup), {t.source for t in trainings}
+    first = [m for m in todo if m[0] in sources]
+    for wave in (first, [m for m in todo if m not in first]):
+        pool.run(
+            functools.partial(_train, setup=setup),
+            populations(wave, setup),
+            jobs=setup.jobs,
+            label=lambda population: population.label,
+            progress=functools.partial(_progress, setup=setup),
+        )
+
+
+def _train(population: Population, setup: Setup) -> None:
+    began, used = time.monotonic(), _processor_seconds()
+    started = []
+    for training, seed in population.members:
+        config = training.config(setup)
+        started.append((config, main.open_(config, seed, setup.workdir)))
+    first = min(_last_step(run.paths.metrics) for _, run in started)
+    main.train_all(started)
+    _note(
+        setup,
+        {
+            "population": population.label,
+            "members": len(population.members),
+            "steps": started[0][1].job.total_steps - first,
+            "seconds": round(time.monotonic() - began, 1),
+            "processor_seconds": round(_processor_seconds() - used, 1),
+        },
+    )
+
+
+def _note(setup: Setup, row: dict) -> None:
+    """Appends to the table of what training cost."""
+    path = Path(setup.workdir) / "timings.csv"
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _processor_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _progress(population: Population, setup: Setup) -> str:
+    training, seed = population.members[-1]
+    total = training.config(setup).train.total_steps
+    step = _last_step(runs.RunPaths(training.run(setup, seed)).metrics)
+    return f"step {step}/{total}"
+
+
+def _last_step(path: Path) -> int:
+    try:
+        last = path.read_text().splitlines()[-1]
+        return json.loads(last)["step"]
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def _done(run: Path) -> bool:
+    return runs.RunPaths(run).done.exists()

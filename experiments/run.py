@@ -1,0 +1,83 @@
+"""Makes the figures and tables of the paper again.
+
+    python -m experiments.run accuracy_table --data_dir=DATA
+    python -m experiments.run all --smoke
+
+trains what is missing (as populations, a core each), collects tidy tables, draws the
+figures and prints ours beside the paper's. A run that stopped goes on, a finished one
+is not repeated. `--smoke` does everything in minutes, on the digits data.
+"""
+
+import argparse
+import importlib
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+from experiments import launch, publish, tables
+from experiments.trainings import Setup
+from lottery_flow import allocator
+from lottery_flow.errors import UserError
+
+EXPERIMENTS = (
+    "calibration",
+    "signal_propagation",
+    "gradient_flow_training",
+    "rewire_gain",
+    "accuracy_table",
+    "hessian_spectrum",
+    "interpolation",
+    "mds",
+    "ensembles",
+    "fashion",
+)
+
+
+def load(name: str) -> ModuleType:
+    """The module of an experiment."""
+    return importlib.import_module(f"experiments.{name}")
+
+
+def run(names: list[str], setup: Setup, out: Path) -> None:
+    """Trains for all of the experiments, then makes their results one by one.
+
+    Raises:
+      UserError: runs failed.
+    """
+    modules = {name: load(name) for name in names}
+    trainings = [t for module in modules.values() for t in module.runs(setup)]
+    launch.launch(trainings, setup)
+    for name, module in modules.items():
+        began = time.monotonic()
+        found = publish.write(out, name, module, setup)
+        print(f"\n## {name}: {module.ABOUT}\n")
+        print(tables.markdown(module.beside(found)))
+        print(f"\n{out / name}/  ({time.monotonic() - began:.0f} s)")
+
+
+def main() -> None:
+    """The command."""
+    about = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    about.add_argument("name", choices=[*EXPERIMENTS, "all"], nargs="+")
+    about.add_argument("--smoke", action="store_true", help="minutes, on digits")
+    about.add_argument("--workdir", help="of the runs (runs, or runs/smoke)")
+    about.add_argument("--out", type=Path, help="(results, or runs/smoke/results)")
+    about.add_argument("--data_dir", default="", help="of TFDS")
+    about.add_argument("--jobs", type=int, default=0, help="processes; 0: one a core")
+    args = about.parse_args()
+    workdir = args.workdir or ("runs/smoke" if args.smoke else "runs")
+    out = args.out or Path("runs/smoke/results" if args.smoke else "results")
+    setup = Setup(workdir, args.data_dir, args.smoke, args.jobs)
+    allocator.keep_freed_memory()
+    names = list(EXPERIMENTS) if "all" in args.name else args.name
+    try:
+        run(names, setup, out)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
