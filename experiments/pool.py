@@ -4,6 +4,7 @@ One process on one core does more of our small networks in a second than one pro
 on two cores, because two of its threads wait for each other at every operation.
 """
 
+import logging
 import multiprocessing
 import os
 import sys
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lottery_flow import allocator
+from lottery_flow import command
 from lottery_flow.errors import UserError
 
 _EVERY_SECONDS = 60.0  # between two lines of progress
@@ -100,7 +101,7 @@ def _default_jobs(n_cores: int) -> int:
 def _work(work: Callable, item: Any, cores: list[int]) -> None:
     """In a process of its own, on its own cores."""
     os.sched_setaffinity(0, cores)  # before JAX counts them
-    allocator.keep_freed_memory()
+    command.prepare(logging.WARNING)
     try:
         work(item)
     except UserError as error:

@@ -17,7 +17,7 @@ from types import ModuleType
 
 from experiments import launch, publish, tables
 from experiments.trainings import Setup
-from lottery_flow import allocator
+from lottery_flow import command
 from lottery_flow.errors import UserError
 
 EXPERIMENTS = (
@@ -71,7 +71,7 @@ def main() -> None:
     workdir = args.workdir or ("runs/smoke" if args.smoke else "runs")
     out = args.out or Path("runs/smoke/results" if args.smoke else "results")
     setup = Setup(workdir, args.data_dir, args.smoke, args.jobs)
-    allocator.keep_freed_memory()
+    command.prepare()
     names = list(EXPERIMENTS) if "all" in args.name else args.name
     try:
         run(names, setup, out)

@@ -22,8 +22,7 @@ def run(
       main: gets the arguments that are no flags, the command's name first.
       explain: says what is wrong with flags that could not be parsed, or None.
     """
-    _configure_logging()
-    allocator.keep_freed_memory()
+    prepare()
 
     def guarded(argv):
         try:
@@ -42,14 +41,19 @@ def run(
     app.run(guarded, flags_parser=parse)
 
 
-def _configure_logging() -> None:
-    """Our own lines at INFO, those of the libraries from WARNING on."""
+def prepare(level: int = logging.INFO) -> None:
+    """What every process wants: logging and memory.
+
+    Args:
+      level: from which on our own lines are shown; the libraries' from WARNING on.
+    """
+    allocator.keep_freed_memory()
     absl_logging.set_verbosity(absl_logging.WARNING)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("lottery_flow")
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
     logger.propagate = False
 
 
