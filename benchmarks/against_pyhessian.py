@@ -16,7 +16,7 @@ import time
 import jax
 import numpy as np
 import torch
-from pyhessian import hessian as PyHessian  # noqa: N812
+from pyhessian import hessian as PyHessian
 
 from benchmarks.run import about
 from lottery_flow import allocator
@@ -26,6 +26,7 @@ from lottery_flow.study import open_run
 
 N_IMAGES, N_EIGENVALUES, N_PROBES = 1000, 5, 100
 N_STEPS, N_STARTS = 100, 10
+N_AT_ONCE = 50  # what `analyze` does on a CPU
 
 
 def torch_lenet5(params) -> torch.nn.Module:
@@ -64,8 +65,9 @@ def main() -> None:
     allocator.keep_freed_memory()
     study = open_run(args.run, args.step, args.data_dir)
     (batch,) = study.train_batches(N_IMAGES, N_IMAGES)
+    batches = study.train_batches(N_IMAGES, N_AT_ONCE)
     objective, params = study.objective("frozen"), device(study.network.params)
-    operator = curvature.hessian(objective.loss, params, None, [batch])
+    operator = curvature.hessian(objective.loss, params, None, batches)
     images = np.asarray(study.preprocess(batch["image"])).transpose(0, 3, 1, 2)
     labels = np.asarray(batch["label"])
     model = torch_lenet5(study.network.params).eval()
@@ -83,7 +85,9 @@ def main() -> None:
                 operator, key, n_steps=N_STEPS, n_probes=N_STARTS
             ).nodes.max()
         ),
-        "gradient": lambda: float(jax.tree.leaves(gradient(params, batch))[0].max()),
+        "gradient": lambda: max(
+            float(jax.tree.leaves(gradient(params, b))[0].max()) for b in batches
+        ),
     }
     other = {
         "top 5 eigenvalues": lambda: theirs.eigenvalues(top_n=N_EIGENVALUES)[0][0],

@@ -184,7 +184,7 @@ def members(name: str, own: float = 1.0, shared: float = 0.8) -> Iterator[Ratio]
         yield from compare(ways, alone, targets=targets, units=units, rounds=7)
 
 
-def curvature(n_images: int = 1024, microbatch: int = 256) -> Iterator[Ratio]:
+def curvature(n_images: int = 1024, microbatch: int = 64) -> Iterator[Ratio]:
     """Hessian-vector products of the active parameters, over the gradient.
 
     LeNet-5 at 95 %. `trace` takes the probes of a block, `Lanczos` steps of ten chains,

@@ -112,7 +112,7 @@ def collect(setup: Setup) -> Tables:
 
 def _mean(found: Tables) -> pd.Series:
     by = ["curve", "candidate", "step"]
-    return found[""].groupby(by, sort=False)["gradient_norm"].mean()
+    return found[""].groupby(by)["gradient_norm"].mean()
 
 
 def plot(found: Tables) -> dict[str, Figure]:

@@ -8,7 +8,7 @@ permuted by weight matching; and a Bézier curve trained in the sparse space.
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments import analyses, paper, tables
+from experiments import analyses, tables
 from experiments.analyses import Question
 from experiments.publish import Tables
 from experiments.trainings import Setup, Training
@@ -95,7 +95,7 @@ def plot(found: Tables) -> dict[str, Figure]:
 
 
 def beside(found: Tables) -> pd.DataFrame:
-    """Barriers of each kind of path; the paper shows a figure."""
+    """Barriers of each kind of path."""
     rows = found["barriers"]
     summary = tables.mean_and_spread(rows, BY, "barrier")
     table = pd.DataFrame(
@@ -106,5 +106,4 @@ def beside(found: Tables) -> pd.DataFrame:
             "highest": summary["max"].map("{:.3f}".format),
         }
     )
-    table.loc[len(table)] = ["paper", paper.EXPECTED["interpolation"], "", ""]
     return table

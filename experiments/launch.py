@@ -34,10 +34,14 @@ class Population(NamedTuple):
 
     @property
     def label(self) -> str:
-        """For people: the settings and their seeds."""
-        names = ", ".join(dict.fromkeys(t.label for t, _ in self.members))
+        """For people: the settings, or how many, and their seeds."""
+        settings = list(dict.fromkeys(t for t, _ in self.members))
         seeds = ", ".join(str(s) for s in sorted({s for _, s in self.members}))
-        return f"{names}; seed {seeds}"
+        what = settings[0].label
+        if len(settings) > 1:
+            files = dict.fromkeys(f"{t.method}_{t.network}" for t in settings)
+            what = f"{len(settings)} settings of {', '.join(files)}"
+        return f"{what}, seed {seeds}"
 
 
 def missing(trainings: Iterable[Training], setup: Setup) -> list[Member]:

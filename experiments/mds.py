@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments import paper
 from experiments.publish import Tables
 from experiments.trainings import TICKET_SEED, Setup, Training, members, tickets
 from lottery_flow import checkpoint
@@ -88,9 +87,8 @@ def plot(found: Tables) -> dict[str, Figure]:
 
 
 def beside(found: Tables) -> pd.DataFrame:
-    """Mean distances between the kinds of networks; the paper shows a map."""
+    """Mean distances between the kinds of networks."""
     pairs = found["distances"]
     mean = pairs.groupby(["map", "from", "to"], sort=False)["distance"].mean()
     table = mean.map("{:.3f}".format).reset_index().astype(object)
-    table.loc[len(table)] = ["paper", paper.EXPECTED["mds"], "", ""]
     return table

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments import publish, tables
+from experiments import paper, publish, tables
 from experiments.run import EXPERIMENTS, load
 from lottery_flow.runs import write_atomically
 
@@ -42,7 +42,8 @@ for (const head of document.querySelectorAll("th")) head.onclick = () => {
   const rows = [...body.rows], key = row => row.cells[column].textContent.trim();
   rows.sort((a, b) => {
     const x = parseFloat(key(a)), y = parseFloat(key(b));
-    const order = isNaN(x) - isNaN(y) || (isNaN(x) ? key(a).localeCompare(key(b)) : x - y);
+    const values = isNaN(x) ? key(a).localeCompare(key(b)) : x - y;
+    const order = isNaN(x) - isNaN(y) || values;
     return up ? order : -order;
   });
   body.append(...rows);
@@ -78,11 +79,13 @@ def _section(out: Path, name: str) -> str:
             for t in record["trainings"]
         ]
     )
+    expected = paper.EXPECTED.get(name)
+    said = f"<p>The paper: {html.escape(expected)}.</p>" if expected else ""
     about = {k: record[k] for k in ("seeds", "settings", "versions", "backend")}
     return (
         f'<h2 id="{html.escape(name)}">{html.escape(record["about"])}</h2>\n'
         f"<pre>{html.escape(record['command'])}</pre>\n{figures}\n"
-        f"{_table(load(name).beside(found))}\n"
+        f"{_table(load(name).beside(found))}\n{said}\n"
         f"<details><summary>settings and trainings</summary>"
         f"<pre>{html.escape(json.dumps(about, indent=1))}</pre>{_table(trainings)}"
         "</details>\n"
@@ -105,6 +108,8 @@ def refresh(page_: Path, out: Path) -> None:
     text = page_.read_text()
     for name in finished(out):
         table = tables.markdown(load(name).beside(publish.read(out, name)))
+        if name in paper.EXPECTED:
+            table += f"\n\nThe paper: {paper.EXPECTED[name]}."
         begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
         pattern = re.escape(begin) + ".*?" + re.escape(end)
         new = f"{begin}\n\n{table}\n\n{end}"

@@ -8,7 +8,7 @@ one (+).
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments import paper, tables
+from experiments import tables
 from experiments.gradient_flow_training import named
 from experiments.publish import Tables
 from experiments.trainings import Setup, Training
@@ -70,17 +70,10 @@ def plot(found: Tables) -> dict[str, Figure]:
 
 
 def beside(found: Tables) -> pd.DataFrame:
-    """Our means by window; the paper shows a figure."""
+    """Our means by window."""
     windows = found["windows"]
     table = windows.assign(
         mean=windows["mean"].map("{:+.3f}".format),
         share_positive=windows["share_positive"].map("{:.0%}".format),
     )[["method", "init", "up_to_step", "mean", "share_positive"]]
-    table.loc[len(table)] = [
-        "paper",
-        "per_neuron",
-        "",
-        paper.EXPECTED["rewire_gain"],
-        "",
-    ]
     return table

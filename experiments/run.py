@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from types import ModuleType
 
-from experiments import launch, publish, tables
+from experiments import launch, paper, publish, tables
 from experiments.trainings import Setup
 from lottery_flow import command
 from lottery_flow.errors import UserError
@@ -53,6 +53,8 @@ def run(names: list[str], setup: Setup, out: Path) -> None:
         found = publish.write(out, name, module, setup)
         print(f"\n## {name}: {module.ABOUT}\n")
         print(tables.markdown(module.beside(found)))
+        if name in paper.EXPECTED:
+            print(f"\nThe paper: {paper.EXPECTED[name]}.")
         print(f"\n{out / name}/  ({time.monotonic() - began:.0f} s)")
 
 
