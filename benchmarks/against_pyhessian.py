@@ -20,7 +20,7 @@ from pyhessian import hessian as PyHessian
 
 from benchmarks.run import about
 from lottery_flow import allocator
-from lottery_flow.analysis import curvature, lanczos
+from lottery_flow.analysis import curvature, hutchinson, lanczos
 from lottery_flow.studies.common import device
 from lottery_flow.study import open_run
 
@@ -79,7 +79,7 @@ def main() -> None:
         "top 5 eigenvalues": lambda: lanczos.top_eigenpairs(
             operator, N_EIGENVALUES, key
         ).values[0],
-        "trace": lambda: float(curvature.trace(operator, key, n_probes=N_PROBES).mean),
+        "trace": lambda: float(hutchinson.trace(operator, key, n_probes=N_PROBES).mean),
         "density": lambda: float(
             lanczos.spectral_density(
                 operator, key, n_steps=N_STEPS, n_probes=N_STARTS

@@ -18,7 +18,7 @@ from benchmarks.networks import (
     statistics_of,
 )
 from lottery_flow import population
-from lottery_flow.analysis import batches, lanczos, objective
+from lottery_flow.analysis import batches, hutchinson, lanczos, objective
 from lottery_flow.analysis import curvature as curvature_lib
 from lottery_flow.analysis.active import active_space
 from lottery_flow.population import less_memory
@@ -222,7 +222,7 @@ def curvature(n_images: int = 1024, microbatch: int = 64) -> Iterator[Ratio]:
         "curvature: product": repeat(lambda: hessian.product(vectors[:1])),
         "curvature: product of ten": repeat(lambda: hessian.product(vectors)),
         "curvature: trace": repeat(
-            lambda: curvature_lib.trace(hessian, key, n_probes=probes).samples
+            lambda: hutchinson.trace(hessian, key, n_probes=probes).samples
         ),
         "curvature: Lanczos": repeat(chains),
     }

@@ -85,20 +85,17 @@ def beside(found: Tables) -> pd.DataFrame:
         ("lenet5", "scratch"): paper.ENSEMBLE_ACCURACY["scratch, other inits"],
     }
     lines = []
-    for row in found["summary"].itertuples():
-        original = row.init == "masked_dense" and row.masks in ("", "pruned")
-        known = theirs.get((row.network, row.method)) if original else None
-        if row.data != "mnist":
-            known = None
+    for row in found["summary"].to_dict("records"):
+        original = row["init"] == "masked_dense" and row["masks"] in ("", "pruned")
+        known = None
+        if original and row["data"] == "mnist":
+            known = theirs.get((row["network"], row["method"]))
         lines.append(
             {
-                "network": row.network,
-                "method": row.method,
-                "masks": row.masks,
-                "init": row.init,
-                "test accuracy (%)": tables.plus_minus(row.mean, row.std),
-                "from": f"{row.min:.2f}",
-                "at chance": f"{row.at_chance} of {row.count}",
+                **{k: row[k] for k in ("network", "method", "masks", "init")},
+                "test accuracy (%)": tables.plus_minus(row["mean"], row["std"]),
+                "lowest": f"{row['min']:.2f}",
+                "at chance": f"{row['at_chance']} of {row['count']}",
                 "paper": tables.plus_minus(*known) if known else "",
             }
         )

@@ -49,6 +49,7 @@ def answers(questions: Sequence[Question], setup: Setup) -> list[analyze.Answer]
 
 
 def _ask(group: list[Question], setup: Setup) -> None:
+    pool.keep_programs(Path(setup.workdir) / "programs")
     for question in group:
         analyze.answer(*_opened(question, setup))
 

@@ -97,6 +97,7 @@ def launch(trainings: Iterable[Training], setup: Setup) -> None:
 
 
 def _train(population: Population, setup: Setup) -> None:
+    pool.keep_programs(Path(setup.workdir) / "programs")
     began, used = time.monotonic(), _processor_seconds()
     started = []
     for training, seed in population.members:

@@ -10,7 +10,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+
+import jax
 
 from lottery_flow import command
 from lottery_flow.errors import UserError
@@ -82,6 +85,12 @@ def run(
     return _report(failed)
 
 
+def keep_programs(folder: Path) -> None:
+    """Compiled programs go to a folder, for the processes that need the same ones."""
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
+
+
 def say(text: str) -> None:
     """A line for whoever waits, with the time of day."""
     print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
@@ -93,8 +102,6 @@ def _report(failed: list[str]) -> None:
 
 
 def _default_jobs(n_cores: int) -> int:
-    import jax
-
     return n_cores if jax.default_backend() == "cpu" else 1
 
 

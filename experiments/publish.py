@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import pandas as pd
 
-from experiments.trainings import Setup, Training
+from experiments.trainings import Setup, Training, with_sources
 from lottery_flow import _version, runs
 from lottery_flow import config as config_lib
 from lottery_flow.analysis import results
@@ -69,7 +69,7 @@ def described(module: ModuleType, setup: Setup) -> dict[str, Any]:
     return {
         "seeds": list(setup.seeds),
         "settings": json.loads(json.dumps(module.settings(setup))),
-        "trainings": [_described(training, setup) for training in module.runs(setup)],
+        "trainings": [_described(t, setup) for t in with_sources(module.runs(setup))],
     }
 
 

@@ -164,6 +164,12 @@ def tickets(setup: Setup) -> dict[str, list[Training]]:
     }
 
 
+def with_sources(trainings: list[Training]) -> list[Training]:
+    """Each training once, after the one that its masks come from."""
+    pairs = ((t.source, t) for t in trainings)
+    return list(dict.fromkeys(t for pair in pairs for t in pair if t is not None))
+
+
 def members(trainings: list[Training], setup: Setup) -> list[tuple[Training, int]]:
     """Every training with each of its seeds."""
     return [(t, seed) for t in trainings for seed in t.seeds(setup)]

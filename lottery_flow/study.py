@@ -66,7 +66,15 @@ class Study(NamedTuple):
             yield checkpoint.restore_network(self.run.paths.checkpoints, step)
 
     def objective(self, norms: str, weight_decay: float = 0.0) -> Objective:
-        """Mean cross-entropy on uint8 images, see `analysis.objective`."""
+        """Mean cross-entropy on uint8 images, see `analysis.objective`.
+
+        Networks without statistics of norms have one objective in common, and what is
+        compiled for it.
+        """
+        spec = self.job.spec
+        if not self.network.batch_stats:
+            own = self.job.model.apply, spec.mean, spec.std, norms, weight_decay
+            return _objective_without_statistics(*own)
         return objective_lib.classification(
             self.job.model.apply,
             self.network.batch_stats,
@@ -186,6 +194,17 @@ def _config(path: Path, record: dict[str, Any]) -> ConfigDict:
         values = config[group] if group else config
         values[field] = tuple(value) if isinstance(values[field], tuple) else value
     return config.lock()
+
+
+@functools.lru_cache(maxsize=32)
+def _objective_without_statistics(apply, mean, std, norms, weight_decay) -> Objective:
+    return objective_lib.classification(
+        apply,
+        {},
+        norms=norms,
+        weight_decay=weight_decay,
+        preprocess=functools.partial(normalize, mean=mean, std=std),
+    )
 
 
 @functools.lru_cache(maxsize=4)

@@ -158,7 +158,11 @@ def smoked(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Others of LeNet-5 differ from these as those of the MLP do.
+SMOKED = [n for n in NAMES if not re.match("(dense|small|set|rigl_inv).*lenet5", n)]
+
+
+@pytest.mark.parametrize("name", SMOKED)
 def test_smoke_runs_to_its_end(smoked, name):
     run, stdout = smoked(name)
     assert (run / "DONE").exists()

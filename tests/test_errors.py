@@ -58,6 +58,12 @@ BEFORE_TRAINING = [
     ("decay", "dense_mlp", {"optim__weight_decay": "inf"}, "weight_decay=inf"),
     ("warmup", "dense_mlp", {"optim__warmup_steps": 99_999}, "warmup_steps=99999"),
     ("warmup_lr", "rigl_mlp", {"optim__warmup_steps": 5}, "warmup_steps=5.*cosine"),
+    (
+        "schedule",
+        "dense_mlp",
+        {"optim__schedule_steps": 5},
+        "schedule_steps=5.*total_steps=11719",
+    ),
     ("no_steps", "dense_mlp", {"train__total_steps": 0}, "total_steps=0"),
     ("no_seed", "dense_mlp", {"train__seeds": "()"}, "seeds=()"),
     ("seed_below", "dense_mlp", {"train__seeds": "(0,-1)"}, "seed.*-1"),

@@ -280,3 +280,19 @@ def test_normalize_channel_by_channel():
     found = normalize(jnp.asarray(images), mean, std)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("drop", ["learning_rate", "cosine"])
+def test_a_run_that_stops_short_follows_the_schedule_of_the_whole_one(drop):
+    fields = {"sparsity__rule": "rigl", "sparsity__drop_schedule": drop}
+    whole = run_cli.small_job(train__total_steps=100, **fields)
+    short = run_cli.small_job(
+        train__total_steps=10, optim__schedule_steps=100, **fields
+    )
+    alone = run_cli.small_job(train__total_steps=10, **fields)
+    with jax.numpy_dtype_promotion("standard"):
+        for step in (0, 5, 9):
+            assert short.learning_rate(step) == whole.learning_rate(step)
+            assert short.drop_fraction(step) == whole.drop_fraction(step)
+        assert short.learning_rate(9) > 2 * alone.learning_rate(9)
+        assert short.drop_fraction(9) > 2 * alone.drop_fraction(9)

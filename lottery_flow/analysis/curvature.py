@@ -1,6 +1,7 @@
 """Hessians of the active parameters as linear maps, and what products tell of them.
 
     H v = d/de grad L(w + e v) at e = 0        jvp of grad, forward over reverse
+    v^T H v = d^2/de^2 L(w + e v) at e = 0     jvp of jvp, which needs no way back
     G v = J^T (d2 criterion) J v               Gauss-Newton part
     H = G + R                                  R: curvature of the logits, residual part
 
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, PyTree
 from matplotlib.figure import Figure
 
 from lottery_flow.analysis import batches as batches_lib
@@ -39,10 +40,13 @@ class Operator(NamedTuple):
     Attributes:
       space: where its vectors live.
       product: `float [s n] -> float [s n]`, each row by itself.
+      quadratic: `float [s n] -> float [s]`, v^T A v of each row, where that is cheaper
+        than by a product; None where it is not known.
     """
 
     space: ActiveSpace
     product: Callable
+    quadratic: Callable | None = None
 
     def __call__(self, vector: Float[Array, " n"]) -> Float[Array, " n"]:
         """The product with one vector."""
@@ -75,7 +79,10 @@ def hessian(
     def product(params, tangent, batch):
         return jax.jvp(lambda p: jax.grad(loss_fn)(p, batch), (params,), (tangent,))[1]
 
-    return _operator(product, params, masks, batches, block)
+    def quadratic(params, tangent, batch):
+        return _second(lambda p: loss_fn(p, batch), params, tangent)
+
+    return _operator(product, quadratic, params, masks, batches, block)
 
 
 def gauss_newton(
@@ -104,7 +111,16 @@ def gauss_newton(
         curved = jax.jvp(jax.grad(criterion), (logits,), (pushed,))[1]
         return pull_back(curved)[0]
 
-    return _operator(product, params, masks, batches, block)
+    def quadratic(params, tangent, batch):
+        def criterion(z):
+            return jnp.mean(objective.criterion(z, batch))
+
+        logits, pushed = jax.jvp(
+            lambda p: objective.logits(p, batch), (params,), (tangent,)
+        )
+        return _second(criterion, logits, pushed)
+
+    return _operator(product, quadratic, params, masks, batches, block)
 
 
 def residual(
@@ -125,7 +141,11 @@ def residual(
         linear = with_fixed_slopes(objective, params, batch)
         return jax.jvp(jax.grad(linear), (params,), (tangent,))[1]
 
-    return _operator(product, params, masks, batches, block)
+    def quadratic(params, tangent, batch):
+        linear = with_fixed_slopes(objective, params, batch)
+        return _second(linear, params, tangent)
+
+    return _operator(product, quadratic, params, masks, batches, block)
 
 
 def with_fixed_slopes(objective: Objective, params: Params, batch) -> Callable:
@@ -197,134 +217,6 @@ def plot_gradient_overlap(overlap: pd.DataFrame) -> Figure:
     return fig
 
 
-class Trace(NamedTuple):
-    """Hutchinson's estimate of a trace.
-
-    Attributes:
-      samples: float64 [s], v^T A v of each probe.
-      n: dimension of the space.
-    """
-
-    samples: np.ndarray
-    n: int
-
-    @property
-    def mean(self) -> float:
-        """The estimate."""
-        return float(np.mean(self.samples))
-
-    @property
-    def standard_error(self) -> float:
-        """Standard deviation of the estimate, nan for a single probe."""
-        n = len(self.samples)
-        return float(np.std(self.samples, ddof=1) / n**0.5) if n > 1 else float("nan")
-
-    def frame(self) -> pd.DataFrame:
-        """A row for each probe."""
-        probes = np.arange(len(self.samples))
-        return pd.DataFrame({"probe": probes, "sample": self.samples, "n": int(self.n)})
-
-
-class Diagonal(NamedTuple):
-    """Hutchinson's estimate of a diagonal.
-
-    Attributes:
-      mean: float64 [n], for each active parameter.
-      standard_error: float64 [n], nan for a single probe.
-      layer: str [n], the layer of each.
-    """
-
-    mean: np.ndarray
-    standard_error: np.ndarray
-    layer: np.ndarray
-
-    def frame(self) -> pd.DataFrame:
-        """A row for each active parameter."""
-        return pd.DataFrame(self._asdict())
-
-
-def trace(
-    operator: Operator,
-    key: Key[Array, ""],
-    *,
-    n_probes: int = 100,
-    block: int = 10,
-    progress: Progress | None = None,
-) -> Trace:
-    """The trace by Rademacher probes (Hutchinson 1990).
-
-    Guarantees:
-      - Exact for a diagonal operator, whatever the probes; unbiased otherwise.
-    """
-    samples = [
-        np.sum(v * av, axis=1)
-        for v, av in _probes(operator, key, n_probes, block, progress)
-    ]
-    return Trace(np.concatenate(samples), operator.space.n)
-
-
-def diagonal(
-    operator: Operator,
-    key: Key[Array, ""],
-    *,
-    n_probes: int = 100,
-    block: int = 10,
-    progress: Progress | None = None,
-) -> Diagonal:
-    """The diagonal by Rademacher probes: the mean of v o A v (Bekas et al. 2007).
-
-    Guarantees:
-      - Exact for a diagonal operator, whatever the probes; unbiased otherwise.
-    """
-    total, squares = np.zeros(operator.space.n), np.zeros(operator.space.n)
-    for v, av in _probes(operator, key, n_probes, block, progress):
-        total += np.sum(v * av, axis=0)
-        squares += np.sum(np.square(v * av), axis=0)
-    mean = total / n_probes
-    error = np.full_like(mean, np.nan)
-    if n_probes > 1:
-        variance = (
-            np.maximum(squares / n_probes - mean**2, 0) * n_probes / (n_probes - 1)
-        )
-        error = np.sqrt(variance / n_probes)
-    return Diagonal(mean, error, layer_of_each(operator.space))
-
-
-def plot_trace(result: Trace) -> Figure:
-    """The running mean over the probes, with its standard error."""
-    fig, ax = figures.new()
-    n = np.arange(1, len(result.samples) + 1)
-    mean = np.cumsum(result.samples) / n
-    ax.plot(n, mean)
-    ax.axhspan(
-        result.mean - result.standard_error,
-        result.mean + result.standard_error,
-        color="C0",
-        alpha=0.2,
-    )
-    ax.set(xlabel="probes", ylabel="trace")
-    return fig
-
-
-def plot_diagonal(result: Diagonal) -> Figure:
-    """The diagonal, sorted within each layer."""
-    fig, ax = figures.new()
-    start = 0
-    for layer in dict.fromkeys(result.layer.tolist()):
-        values = np.sort(result.mean[result.layer == layer])
-        ax.plot(np.arange(start, start + len(values)), values, label=layer)
-        start += len(values)
-    ax.set(xlabel="active parameter", ylabel="diagonal of the Hessian")
-    ax.legend(fontsize="x-small")
-    return fig
-
-
-def layer_of_each(space: ActiveSpace) -> np.ndarray:
-    """The layer's name for each coordinate."""
-    names = [np.full(part.stop - part.start, k) for k, part in space.layers.items()]
-    return np.concatenate(names)
-
-
 def precise():
     """A context in which accelerators multiply in full float32.
 
@@ -346,39 +238,40 @@ def each(fn: Callable, xs: Array, block: int | None = None) -> Array:
     return jax.lax.map(fn, xs, batch_size=block)
 
 
-def _operator(product: Callable, params, masks, batches, block) -> Operator:
+def _second(fn: Callable, at: PyTree, along: PyTree) -> Array:
+    """The second derivative of a scalar function along a direction."""
+
+    def moved(e):
+        point = jax.tree.map(lambda x, d: x + e.astype(x.dtype) * d, at, along)
+        return fn(point)
+
+    def slope(e):
+        return jax.jvp(moved, (e,), (one,))[1]
+
+    one = jnp.ones((), jnp.float32)
+    return jax.jvp(slope, (jnp.zeros_like(one),), (one,))[1]
+
+
+def _operator(
+    product: Callable, quadratic: Callable, params, masks, batches, block
+) -> Operator:
     space = active_space(params, masks)
     batches_lib.total(batches)  # says so if there are none
 
-    @jax.jit
-    def of_batch(params, vectors, batch):
-        def one(vector):
-            return space.flatten(product(params, space.unflatten(vector), batch))
+    def over_batches(of_one: Callable) -> Callable:
+        @jax.jit
+        def of_batch(params, vectors, batch):
+            with precise():
+                return each(lambda v: of_one(params, v, batch), vectors, block)
 
-        with precise():
-            return each(one, vectors, block)
-
-    def of_all(vectors):
-        return batches_lib.mean(lambda batch: of_batch(params, vectors, batch), batches)
-
-    return Operator(space, of_all)
-
-
-def _probes(operator, key, n_probes, block, progress):
-    """Blocks of Rademacher vectors and their products, float64 on the host."""
-    if n_probes < 1 or block < 1:
-        raise ValueError(f"n_probes={n_probes} and block={block} must be at least 1")
-    kind = operator.space.dtype
-    draw = jax.jit(
-        lambda i: jax.random.rademacher(
-            jax.random.fold_in(key, i), (block, operator.space.n), kind
+        return lambda vectors: batches_lib.mean(
+            lambda batch: of_batch(params, vectors, batch), batches
         )
-    )
-    for start in range(0, n_probes, block):
-        # One shape, so that one program serves all; the last may have too many.
-        size = min(block, n_probes - start)
-        v = draw(start)
-        av = np.asarray(operator.product(v), np.float64)
-        yield np.asarray(v, np.float64)[:size], av[:size]
-        if progress is not None:
-            progress(start + size, n_probes)
+
+    def product_of_one(params, vector, batch):
+        return space.flatten(product(params, space.unflatten(vector), batch))
+
+    def quadratic_of_one(params, vector, batch):
+        return quadratic(params, space.unflatten(vector), batch)
+
+    return Operator(space, over_batches(product_of_one), over_batches(quadratic_of_one))

@@ -3,7 +3,13 @@
 import jax
 import numpy as np
 
-from lottery_flow.analysis import class_structure, curvature, lanczos, spectrum
+from lottery_flow.analysis import (
+    class_structure,
+    curvature,
+    hutchinson,
+    lanczos,
+    spectrum,
+)
 from lottery_flow.studies.common import Findings, Options, device, network
 from lottery_flow.study import Study, next_rewire
 
@@ -91,14 +97,14 @@ def trace(study: Study, options: Options) -> Findings:
     """Trace and diagonal of the Hessian."""
     operator, *_ = _operator(study, options)
     keys = jax.random.split(jax.random.key(options.seed))
-    found = curvature.trace(operator, keys[0], progress=options.progress)
-    diagonal = curvature.diagonal(operator, keys[1], progress=options.progress)
+    found = hutchinson.trace(operator, keys[0], progress=options.progress)
+    diagonal = hutchinson.diagonal(operator, keys[1], progress=options.progress)
     text = f"trace {found.mean:.5g} +- {found.standard_error:.2g}"
     return Findings(
         {"": found, "diagonal": diagonal},
         {
-            "": curvature.plot_trace(found),
-            "diagonal": curvature.plot_diagonal(diagonal),
+            "": hutchinson.plot_trace(found),
+            "diagonal": hutchinson.plot_diagonal(diagonal),
         },
         text,
     )

@@ -5,11 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from small_networks import dense_hessian, network
 
 from lottery_flow.analysis import batches as batches_lib
-from lottery_flow.analysis import curvature, results
+from lottery_flow.analysis import curvature
 from lottery_flow.analysis.active import active_space
 from lottery_flow.analysis.objective import Objective
 
@@ -151,63 +150,6 @@ def test_data_spread_over_devices_give_the_same_product():
     assert len(spread.sharding.device_set) == 8
 
 
-def diagonal_operator(values):
-    """An operator with these eigenvalues and the unit vectors."""
-    space = active_space({"w": jnp.zeros(len(values), jnp.float32)})
-    scale = jnp.asarray(values, jnp.float32)[None]
-    return curvature.Operator(space, lambda v: v * scale)
-
-
-def test_trace_and_diagonal_of_a_diagonal_operator_are_exact():
-    values = np.array([3.0, -1.0, 0.5, 7.0])
-    operator = diagonal_operator(values)
-    trace = curvature.trace(operator, jax.random.key(0), n_probes=3, block=2)
-    assert trace.mean == 9.5
-    assert trace.standard_error == 0.0
-    assert len(trace.samples) == 3
-    found = curvature.diagonal(operator, jax.random.key(1), n_probes=3, block=2)
-    np.testing.assert_array_equal(found.mean, values)
-    np.testing.assert_array_equal(found.standard_error, 0)
-    assert set(found.layer) == {"w"}
-
-
-def test_trace_and_diagonal_are_unbiased_and_know_their_error():
-    with jax.enable_x64(True):
-        net = network(norm=True)
-        loss = net.objective().loss
-        operator = curvature.hessian(loss, net.params, net.masks, [net.data])
-        matrix = dense_hessian(loss, net.params, net.masks, [net.data])
-        seen = []
-        trace = curvature.trace(
-            operator,
-            jax.random.key(0),
-            n_probes=400,
-            block=50,
-            progress=lambda *at: seen.append(at),
-        )
-        assert seen == [(50 * i, 400) for i in range(1, 9)]
-        # Variance of a Rademacher sample: 2 x the sum of squares off the diagonal.
-        off = matrix - np.diag(np.diag(matrix))
-        error = np.sqrt(2 * np.sum(off**2) / 400)
-        assert abs(trace.mean - np.trace(matrix)) < 4 * error
-        assert 0.7 * error < trace.standard_error < 1.4 * error
-        found = curvature.diagonal(operator, jax.random.key(1), n_probes=400, block=50)
-        errors = np.sqrt(np.sum(off**2, axis=1) / 400)
-        deviations = (found.mean - np.diag(matrix)) / errors
-        assert np.abs(deviations).max() < 5
-        assert 0.6 < np.std(deviations) < 1.5
-        np.testing.assert_allclose(found.standard_error, errors, rtol=0.6)
-
-
-def test_probes_differ_from_block_to_block():
-    off = np.ones((6, 6)) - np.eye(6)
-    space = active_space({"w": jnp.zeros(6, jnp.float32)})
-    operator = curvature.Operator(space, lambda v: v @ jnp.asarray(off, jnp.float32))
-    samples = curvature.trace(operator, jax.random.key(0), n_probes=60, block=6).samples
-    blocks = samples.reshape(10, 6)
-    assert len(np.unique(blocks, axis=0)) == 10
-
-
 def test_gradient_overlap():
     gradient = np.array([3.0, 0.0, 4.0])
     table = curvature.gradient_overlap(gradient, np.eye(3)[[2, 1, 0]])
@@ -222,27 +164,8 @@ def test_wrong_inputs_get_a_sentence():
         net = network()
     with pytest.raises(ValueError, match="batches is empty"):
         curvature.hessian(net.objective().loss, net.params, net.masks, [])
-    with pytest.raises(ValueError, match="n_probes=0"):
-        curvature.trace(diagonal_operator([1.0]), jax.random.key(0), n_probes=0)
     with pytest.raises(ValueError, match="norms='train' is unknown; write 'frozen'"):
         net.objective(norms="train")
-
-
-def test_results_are_saved_and_shown(tmp_path):
-    operator = diagonal_operator([3.0, -1.0, 0.5])
-    trace = curvature.trace(operator, jax.random.key(0), n_probes=4)
-    diagonal = curvature.diagonal(operator, jax.random.key(0), n_probes=4)
-    for result in (trace, diagonal):
-        path = results.save(tmp_path / "a.npz", result)
-        again = results.load(path, type(result))
-        assert again.frame().equals(result.frame())
-        table = results.save(tmp_path / "a.csv", result)
-        assert len(results.load(table)) == len(result.frame())
-    with pytest.raises(ValueError, match="holds the fields mean"):
-        results.load(path, curvature.Trace)
-    assert isinstance(curvature.plot_trace(trace), Figure)
-    lines = curvature.plot_diagonal(diagonal).axes[0].lines
-    np.testing.assert_array_equal(lines[0].get_ydata(), [-1.0, 0.5, 3.0])
 
 
 def test_a_criterion_of_ones_own():

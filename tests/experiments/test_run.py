@@ -116,6 +116,6 @@ def test_report_writes_the_tables_of_a_page_anew(made, tmp_path):
     report.refresh(page, made[1])
     text = page.read_text()
     assert text.startswith("before\n<!-- mds -->\n\n| map |")
-    assert text.endswith("|\n\n<!-- end mds -->\nafter\n")
+    assert text.endswith(".\n\n<!-- end mds -->\nafter\n")
     report.refresh(page, made[1])
     assert page.read_text() == text
