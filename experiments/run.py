@@ -10,6 +10,7 @@ is not repeated. `--smoke` does everything in minutes, on the digits data.
 
 import argparse
 import importlib
+import signal
 import sys
 import time
 from pathlib import Path
@@ -74,6 +75,8 @@ def main() -> None:
     out = args.out or Path("runs/smoke/results" if args.smoke else "results")
     setup = Setup(workdir, args.data_dir, args.smoke, args.jobs)
     command.prepare()
+    # As for Ctrl-C: the processes that train are stopped with this one.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     names = list(EXPERIMENTS) if "all" in args.name else args.name
     try:
         run(names, setup, out)
