@@ -5,6 +5,7 @@ that restores without knowing the optimizer: what tickets, analysis and notebook
 need. `training` is what only the same run can use: step, key, optimizer state.
 """
 
+import contextlib
 import gc
 import shutil
 import sys
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 from jaxtyping import PyTree
 
 from lottery_flow.errors import UserError
@@ -45,8 +47,11 @@ def manager(
       read_only: only restores, and leaves alone what another process is writing.
     """
     if read_only:
-        options = ocp.CheckpointManagerOptions(read_only=True)
-        return ocp.CheckpointManager(directory.absolute(), options=options)
+        options = {"read_only": True, "save_interval_steps": 0, "create": False}
+        with _without_warnings():
+            return ocp.CheckpointManager(
+                directory.absolute(), options=ocp.CheckpointManagerOptions(**options)
+            )
     policies = ocp.checkpoint_managers
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(
@@ -55,6 +60,17 @@ def manager(
         cleanup_tmp_directories=True,  # what a killed process left half written
     )
     return ocp.CheckpointManager(directory.absolute(), options=options)
+
+
+@contextlib.contextmanager
+def _without_warnings():
+    """orbax warns that it is read-only, which is what we want."""
+    level = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    try:
+        yield
+    finally:
+        absl_logging.set_verbosity(level)
 
 
 def save(checkpoints: ocp.CheckpointManager, state: TrainState) -> None:

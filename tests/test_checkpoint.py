@@ -1,5 +1,6 @@
 """Checkpoints: what goes in comes out, bit for bit, and what is kept."""
 
+import contextlib
 import gc
 from functools import partial
 from pathlib import Path
@@ -190,3 +191,15 @@ def test_arrays_may_be_donated_while_they_are_written(tmp_path):
         for _ in range(5):
             state = step(state)
     assert equal(checkpoint.restore_network(tmp_path)[1].params, expected)
+
+
+def test_reading_warns_of_nothing(tmp_path, caplog, monkeypatch):
+    save_steps(tmp_path, 1, network("one"))
+    caplog.clear()
+    with checkpoint.manager(tmp_path, read_only=True) as manager:
+        assert manager.latest_step() == 1
+    assert caplog.records == []
+    # And this would see it.
+    monkeypatch.setattr(checkpoint, "_without_warnings", contextlib.nullcontext)
+    with checkpoint.manager(tmp_path, read_only=True):
+        assert any("read only" in r.getMessage() for r in caplog.records)
