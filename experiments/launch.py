@@ -46,14 +46,17 @@ class Population(NamedTuple):
 
 def missing(trainings: Iterable[Training], setup: Setup) -> list[Member]:
     """Those that are not finished, with the seeds that they need."""
-    wanted: dict[tuple[Training, int], None] = {}
+    # By directory: on the bundled data two data sets are one.
+    wanted: dict[Path, Member] = {}
     for training in trainings:
         for seed in training.seeds(setup):
             if training.source is not None:
                 own = seed if training.source_seed is None else training.source_seed
-                wanted[training.source, own] = None
-            wanted[training, seed] = None
-    return [(t, s) for t, s in wanted if not _done(t.run(setup, s))]
+                wanted.setdefault(
+                    training.source.run(setup, own), (training.source, own)
+                )
+            wanted.setdefault(training.run(setup, seed), (training, seed))
+    return [m for path, m in wanted.items() if not runs.RunPaths(path).done.exists()]
 
 
 def populations(members: Sequence[Member], setup: Setup) -> list[Population]:
@@ -146,7 +149,3 @@ def _last_step(path: Path) -> int:
         return json.loads(last)["step"]
     except (OSError, IndexError, ValueError):
         return 0
-
-
-def _done(run: Path) -> bool:
-    return runs.RunPaths(run).done.exists()

@@ -90,6 +90,12 @@ def test_a_finished_run_is_not_missing(tmp_path):
     assert launch.missing([training], setup) == [(training, 0)]
 
 
+def test_no_directory_is_trained_twice():
+    wanted = [t for name in run.EXPERIMENTS for t in run.load(name).runs(SETUP)]
+    found = [t.run(SETUP, seed) for t, seed in launch.missing(wanted, SETUP)]
+    assert len(found) == len(set(found)) > 100
+
+
 def test_members_with_the_same_batches_are_trained_together(tmp_path):
     setup = Setup(workdir=str(tmp_path))
     inits = [Training("mlp", "set", init, "random") for init in trainings.INITS]
