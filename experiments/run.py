@@ -5,7 +5,8 @@
 
 trains what is missing (as populations, a core each), collects tidy tables, draws the
 figures and prints ours beside the paper's. A run that stopped goes on, a finished one
-is not repeated. `--smoke` does everything in minutes, on the digits data.
+is not repeated. `--smoke` does everything small, on the digits data: most of its time
+goes into compiling.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     about.add_argument("name", choices=[*EXPERIMENTS, "all"], nargs="+")
-    about.add_argument("--smoke", action="store_true", help="minutes, on digits")
+    about.add_argument("--smoke", action="store_true", help="small, on digits")
     about.add_argument("--workdir", help="of the runs (runs, or runs/smoke)")
     about.add_argument("--out", type=Path, help="(results, or runs/smoke/results)")
     about.add_argument("--data_dir", default="", help="of TFDS")
