@@ -32,9 +32,9 @@ class Question(NamedTuple):
 
 def answers(questions: Sequence[Question], setup: Setup) -> list[analyze.Answer]:
     """Asks what was not asked before; the answers in the order of the questions."""
-    open_ = [q for q in questions if analyze.find(*_opened(q, setup)) is None]
+    known = {q: analyze.find(*_opened(q, setup)) for q in questions}
     groups: dict[Path, list[Question]] = {}
-    for question in open_:
+    for question in (q for q, answer in known.items() if answer is None):
         groups.setdefault(question.run, []).append(question)
     pool.run(
         functools.partial(_ask, setup=setup),
@@ -45,7 +45,7 @@ def answers(questions: Sequence[Question], setup: Setup) -> list[analyze.Answer]
             f"{len(group)} x {group[0].what}"
         ),
     )
-    return [analyze.answer(*_opened(q, setup)) for q in questions]
+    return [known[q] or analyze.answer(*_opened(q, setup)) for q in questions]
 
 
 def _ask(group: list[Question], setup: Setup) -> None:

@@ -17,14 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments import pool
-from experiments.trainings import Setup, Training
+from experiments.trainings import Member, Setup, Training, members
 from lottery_flow import main, runs
 
 # Members of one program at most: more gain nothing and take memory.
 _MOST = 20
-
-
-Member = tuple[Training, int]
 
 
 class Population(NamedTuple):
@@ -48,21 +45,19 @@ def missing(trainings: Iterable[Training], setup: Setup) -> list[Member]:
     """Those that are not finished, with the seeds that they need."""
     # By directory: on the bundled data two data sets are one.
     wanted: dict[Path, Member] = {}
-    for training in trainings:
-        for seed in training.seeds(setup):
-            if training.source is not None:
-                own = seed if training.source_seed is None else training.source_seed
-                wanted.setdefault(
-                    training.source.run(setup, own), (training.source, own)
-                )
-            wanted.setdefault(training.run(setup, seed), (training, seed))
+    for training, seed in members(trainings, setup):
+        source = training.source
+        if source is not None:
+            own = seed if training.source_seed is None else training.source_seed
+            wanted.setdefault(source.run(setup, own), (source, own))
+        wanted.setdefault(training.run(setup, seed), (training, seed))
     return [m for path, m in wanted.items() if not runs.RunPaths(path).done.exists()]
 
 
-def populations(members: Sequence[Member], setup: Setup) -> list[Population]:
+def populations(wanted: Sequence[Member], setup: Setup) -> list[Population]:
     """Cuts the members into populations."""
     settings = collections.defaultdict(lambda: collections.defaultdict(list))
-    for training, seed in members:
+    for training, seed in wanted:
         config = training.config(setup)
         run = main.open_(config, seed, setup.workdir)
         # Whether there are masks at all is part of the program too.

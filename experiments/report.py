@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments import paper, publish, tables
-from experiments.run import EXPERIMENTS, load
+from experiments import paper, publish
+from experiments.run import EXPERIMENTS, beside, load
 from lottery_flow.runs import write_atomically
 
 _STYLE = """
@@ -107,12 +107,9 @@ def refresh(page_: Path, out: Path) -> None:
     """Writes the tables of a Markdown page anew, between their marks."""
     text = page_.read_text()
     for name in finished(out):
-        table = tables.markdown(load(name).beside(publish.read(out, name)))
-        if name in paper.EXPECTED:
-            table += f"\n\nThe paper: {paper.EXPECTED[name]}."
         begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
         pattern = re.escape(begin) + ".*?" + re.escape(end)
-        new = f"{begin}\n\n{table}\n\n{end}"
+        new = f"{begin}\n\n{beside(name, publish.read(out, name))}\n\n{end}"
         text = re.sub(pattern, lambda _, new=new: new, text, flags=re.DOTALL)
     write_atomically(page_, text)
 

@@ -41,6 +41,14 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"experiments.{name}")
 
 
+def beside(name: str, found: publish.Tables) -> str:
+    """Ours beside the paper's, as Markdown: a table, and what the paper shows."""
+    text = tables.markdown(load(name).beside(found))
+    if name in paper.EXPECTED:
+        text += f"\n\nThe paper: {paper.EXPECTED[name]}."
+    return text
+
+
 def run(names: list[str], setup: Setup, out: Path) -> None:
     """Trains for all of the experiments, then makes their results one by one.
 
@@ -54,9 +62,7 @@ def run(names: list[str], setup: Setup, out: Path) -> None:
         began = time.monotonic()
         found = publish.write(out, name, module, setup)
         print(f"\n## {name}: {module.ABOUT}\n")
-        print(tables.markdown(module.beside(found)))
-        if name in paper.EXPECTED:
-            print(f"\nThe paper: {paper.EXPECTED[name]}.")
+        print(beside(name, found))
         print(f"\n{out / name}/  ({time.monotonic() - began:.0f} s)")
 
 

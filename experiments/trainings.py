@@ -7,7 +7,9 @@ the pruning run of the same seed. Its directory follows from its fields, so expe
 that need the same networks share them.
 """
 
+import functools
 import runpy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,9 +126,7 @@ class Training(NamedTuple):
 
     def directory(self, setup: Setup) -> Path:
         """Where main.py keeps the runs of all its seeds."""
-        fields = flat_fields(self.config(setup))
-        default = flat_fields(config_lib.default())
-        return runs.run_paths(setup.workdir, fields, default, 0).root.parent
+        return _directory(self, setup)
 
     def digest(self, setup: Setup) -> str:
         """The hash in the name of its directory."""
@@ -135,6 +135,13 @@ class Training(NamedTuple):
     def run(self, setup: Setup, seed: int) -> Path:
         """The directory of one run."""
         return self.directory(setup) / f"seed_{seed}"
+
+
+@functools.cache
+def _directory(training: Training, setup: Setup) -> Path:
+    fields = flat_fields(training.config(setup))
+    default = flat_fields(config_lib.default())
+    return runs.run_paths(setup.workdir, fields, default, 0).root.parent
 
 
 def tickets(setup: Setup) -> dict[str, list[Training]]:
@@ -164,12 +171,15 @@ def tickets(setup: Setup) -> dict[str, list[Training]]:
     }
 
 
+Member = tuple[Training, int]  # with a seed
+
+
 def with_sources(trainings: list[Training]) -> list[Training]:
     """Each training once, after the one that its masks come from."""
     pairs = ((t.source, t) for t in trainings)
     return list(dict.fromkeys(t for pair in pairs for t in pair if t is not None))
 
 
-def members(trainings: list[Training], setup: Setup) -> list[tuple[Training, int]]:
+def members(trainings: Iterable[Training], setup: Setup) -> list[Member]:
     """Every training with each of its seeds."""
     return [(t, seed) for t in trainings for seed in t.seeds(setup)]

@@ -119,11 +119,10 @@ def answer(what: str, study: Study, options: Options) -> Answer:
     Raises:
       UserError: the question makes no sense, or the answer cannot be written.
     """
-    found = find(what, study, options)
-    if found is not None:
-        return found
     record = _record(what, study, options)
     stem = _place(study, record)
+    if _done(stem, record):
+        return _kept(stem)
     folder = stem.parent
     options = options._replace(
         state_file=stem.with_suffix(".partial.npz"),
@@ -147,11 +146,12 @@ def find(what: str, study: Study, options: Options) -> Answer | None:
     """The answer that lies beside the checkpoint already, if there is one."""
     record = _record(what, study, options)
     stem = _place(study, record)
-    if not _done(stem, record):
-        return None
-    return Answer(
-        json.loads(stem.with_suffix(".json").read_text())["text"], stem, False
-    )
+    return _kept(stem) if _done(stem, record) else None
+
+
+def _kept(stem: Path) -> Answer:
+    text = json.loads(stem.with_suffix(".json").read_text())["text"]
+    return Answer(text, stem, new=False)
 
 
 def _place(study: Study, record: dict[str, Any]) -> Path:
