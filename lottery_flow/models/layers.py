@@ -117,8 +117,11 @@ def max_pool(
     p, q = height // m, width // n
     x = images[:, : p * m, : q * n].transpose(3, 1, 2, 0)
     x = x.reshape(x.shape[0], p, m, q, n, x.shape[-1])
-    corners = (x[:, :, i, :, j] for i in range(m) for j in range(n))
-    return functools.reduce(_first, corners).transpose(3, 1, 2, 0)
+    # Split, not indexed: on the way back the corners are then joined, not each padded
+    # to the whole image and added.
+    rows = lax.split(x, [1] * m, axis=2)
+    corners = (c for row in rows for c in lax.split(row, [1] * n, axis=4))
+    return functools.reduce(_first, corners)[:, :, 0, :, 0].transpose(3, 1, 2, 0)
 
 
 def _first(a: Array, b: Array) -> Array:
