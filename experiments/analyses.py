@@ -40,6 +40,7 @@ def answers(questions: Sequence[Question], setup: Setup) -> list[analyze.Answer]
         functools.partial(_ask, setup=setup),
         list(groups.values()),
         jobs=setup.jobs,
+        programs=setup.programs,
         label=lambda group: (
             f"{group[0].run.parent.name}/{group[0].run.name}: "
             f"{len(group)} x {group[0].what}"
@@ -49,7 +50,6 @@ def answers(questions: Sequence[Question], setup: Setup) -> list[analyze.Answer]
 
 
 def _ask(group: list[Question], setup: Setup) -> None:
-    pool.keep_programs(Path(setup.workdir) / "programs")
     for question in group:
         analyze.answer(*_opened(question, setup))
 

@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments import paper, tables
+from experiments.bands import band
 from experiments.publish import Tables
 from experiments.trainings import Setup, Training
 from lottery_flow.analysis import figures
@@ -54,10 +55,7 @@ def plot(found: Tables) -> dict[str, Figure]:
     for ax, curves in zip(axes, (sparse, [*others, "rigl+"]), strict=True):
         for i, curve in enumerate(curves):
             own = rows[(rows["curve"] == curve) & (rows["step"] > 0)]
-            grouped = own.groupby("step")["gradient_norm"]
-            mean, low, high = grouped.mean(), grouped.min(), grouped.max()
-            ax.plot(mean.index, mean, color=f"C{i}", label=curve, lw=1.3)
-            ax.fill_between(mean.index, low, high, color=f"C{i}", alpha=0.15, lw=0)
+            band(ax, own, "step", "gradient_norm", f"C{i}", curve)
             if ax is axes[0] and set(rows["data"]) == {"mnist"}:
                 dots = paper.GRADIENT_NORM[curve]
                 ax.plot(list(dots), list(dots.values()), f"C{i}o", ms=3.5)

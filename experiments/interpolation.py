@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments import analyses, tables
 from experiments.analyses import Question
+from experiments.bands import band
 from experiments.publish import Tables
 from experiments.trainings import Setup, Training
 from lottery_flow.analysis import figures
@@ -84,10 +85,7 @@ def plot(found: Tables) -> dict[str, Figure]:
     for ax, kind in zip(axes, kinds, strict=True):
         for i, curve in enumerate(dict.fromkeys(rows["curve"])):
             own = rows[(rows["kind"] == kind) & (rows["curve"] == curve)]
-            grouped = own.groupby("alpha")["loss"]
-            mean, low, high = grouped.mean(), grouped.min(), grouped.max()
-            ax.plot(mean.index, mean, color=f"C{i}", label=curve)
-            ax.fill_between(mean.index, low, high, color=f"C{i}", alpha=0.15, lw=0)
+            band(ax, own, "alpha", "loss", f"C{i}", curve)
         ax.set(xlabel="alpha (1: the pruning solution)", title=f"from {kind}")
         ax.set(ylabel="training loss", yscale="log")
         ax.legend(fontsize=8)
@@ -98,7 +96,7 @@ def beside(found: Tables) -> pd.DataFrame:
     """Barriers of each kind of path."""
     rows = found["barriers"]
     summary = tables.mean_and_spread(rows, BY, "barrier")
-    table = pd.DataFrame(
+    return pd.DataFrame(
         {
             "from": summary["curve"] + " " + summary["kind"],
             "barrier": map(tables.plus_minus, summary["mean"], summary["std"]),
@@ -106,4 +104,3 @@ def beside(found: Tables) -> pd.DataFrame:
             "highest": summary["max"].map("{:.3f}".format),
         }
     )
-    return table

@@ -89,13 +89,13 @@ def launch(trainings: Iterable[Training], setup: Setup) -> None:
             functools.partial(_train, setup=setup),
             populations(wave, setup),
             jobs=setup.jobs,
+            programs=setup.programs,
             label=lambda population: population.label,
             progress=functools.partial(_progress, setup=setup),
         )
 
 
 def _train(population: Population, setup: Setup) -> None:
-    pool.keep_programs(Path(setup.workdir) / "programs")
     began, used = time.monotonic(), _processor_seconds()
     started = []
     for training, seed in population.members:

@@ -90,5 +90,4 @@ def beside(found: Tables) -> pd.DataFrame:
     """Mean distances between the kinds of networks."""
     pairs = found["distances"]
     mean = pairs.groupby(["map", "from", "to"], sort=False)["distance"].mean()
-    table = mean.map("{:.3f}".format).reset_index().astype(object)
-    return table
+    return mean.map("{:.3f}".format).reset_index().astype(object)

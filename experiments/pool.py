@@ -26,6 +26,7 @@ def run(
     items: Sequence[Any],
     *,
     jobs: int,
+    programs: Path,
     label: Callable[[Any], str],
     progress: Callable[[Any], str] = lambda item: "",
 ) -> None:
@@ -36,6 +37,7 @@ def run(
       items: what pickle can send to another process.
       jobs: processes at the same time; 0 is one for each core, and one where there is
         an accelerator. One works in this process.
+      programs: folder for compiled programs, which the processes share.
       label: what an item is called.
       progress: how far a running item is.
 
@@ -62,7 +64,9 @@ def run(
         while waiting or running:
             while waiting and free:
                 item, own = waiting.pop(0), free.pop(0)
-                process = context.Process(target=_work, args=(work, item, own))
+                process = context.Process(
+                    target=_work, args=(work, item, own, programs)
+                )
                 process.start()
                 running.append((process, item, own))
                 say(f"begins: {label(item)}")
@@ -85,12 +89,6 @@ def run(
     return _report(failed)
 
 
-def keep_programs(folder: Path) -> None:
-    """Compiled programs go to a folder, for the processes that need the same ones."""
-    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
-        jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
-
-
 def say(text: str) -> None:
     """A line for whoever waits, with the time of day."""
     print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
@@ -105,10 +103,12 @@ def _default_jobs(n_cores: int) -> int:
     return n_cores if jax.default_backend() == "cpu" else 1
 
 
-def _work(work: Callable, item: Any, cores: list[int]) -> None:
+def _work(work: Callable, item: Any, cores: list[int], programs: Path) -> None:
     """In a process of its own, on its own cores."""
     os.sched_setaffinity(0, cores)  # before JAX counts them
     command.prepare(logging.WARNING)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(programs.resolve()))
     try:
         work(item)
     except UserError as error:

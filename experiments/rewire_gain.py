@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments import tables
+from experiments.bands import band
 from experiments.gradient_flow_training import named
 from experiments.publish import Tables
 from experiments.trainings import Setup, Training
@@ -59,10 +60,7 @@ def plot(found: Tables) -> dict[str, Figure]:
     for ax, plus in zip(axes, ("+", ""), strict=True):
         for i, method in enumerate(METHODS):
             own = rows[rows["curve"] == method + plus]
-            grouped = own.groupby("step")["gain"]
-            mean, low, high = grouped.mean(), grouped.min(), grouped.max()
-            ax.plot(mean.index, mean, color=f"C{i}", label=method + plus, lw=1)
-            ax.fill_between(mean.index, low, high, color=f"C{i}", alpha=0.2, lw=0)
+            band(ax, own, "step", "gain", f"C{i}", method + plus)
         ax.set(xscale="log", xlabel="step", ylabel="change of the gradient norm")
         ax.axhline(0, color="black", lw=0.6)
         ax.legend(fontsize=8)
@@ -72,8 +70,7 @@ def plot(found: Tables) -> dict[str, Figure]:
 def beside(found: Tables) -> pd.DataFrame:
     """Our means by window."""
     windows = found["windows"]
-    table = windows.assign(
+    return windows.assign(
         mean=windows["mean"].map("{:+.3f}".format),
         share_positive=windows["share_positive"].map("{:.0%}".format),
     )[["method", "init", "up_to_step", "mean", "share_positive"]]
-    return table

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments import paper
+from experiments.bands import band
 from experiments.publish import Tables
 from experiments.trainings import INITS, Setup, Training
 from lottery_flow import models
@@ -79,12 +80,7 @@ def plot(found: Tables) -> dict[str, Figure]:
     for ax, masks in zip(axes, MASKS, strict=True):
         for i, init in enumerate(INITS):
             own = logits[(logits["masks"] == masks) & (logits["init"] == init)]
-            grouped = own.groupby("sparsity")["value"]
-            mean, low, high = grouped.mean(), grouped.min(), grouped.max()
-            ax.plot(mean.index, mean, color=f"C{i}", label=init)
-            ax.fill_between(
-                mean.index, low.clip(1e-7), high, color=f"C{i}", alpha=0.15, lw=0
-            )
+            band(ax, own, "sparsity", "value", f"C{i}", init)
             if masks == "uneven":
                 ax.plot(paper.SIGNAL_SPARSITY, paper.SIGNAL_STD[init], f"C{i}o", ms=3.5)
         ax.set(xlabel="sparsity", ylabel="std of the logits", yscale="log")

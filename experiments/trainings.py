@@ -48,6 +48,11 @@ class Setup(NamedTuple):
         """Of every experiment."""
         return (0, 1) if self.smoke else (0, 1, 2, 3, 4)
 
+    @property
+    def programs(self) -> Path:
+        """Compiled programs, for all processes."""
+        return Path(self.workdir) / "programs"
+
 
 class Training(NamedTuple):
     """A setting that is trained once for each seed.

@@ -22,7 +22,13 @@ def test_everything_is_done_before_a_failure_is_told(tmp_path, jobs):
     names = ["a", "bad", "b", "c"]
     work = functools.partial(touch, folder=tmp_path)
     with pytest.raises(UserError, match=r"1 failed.*item bad"):
-        pool.run(work, names, jobs=jobs, label=lambda name: f"item {name}")
+        pool.run(
+            work,
+            names,
+            jobs=jobs,
+            programs=tmp_path / "programs",
+            label=lambda name: f"item {name}",
+        )
     written = {path.name: path.read_text().split() for path in tmp_path.iterdir()}
     assert sorted(written) == sorted(names)
     mine = str(os.getpid())
@@ -35,5 +41,5 @@ def test_everything_is_done_before_a_failure_is_told(tmp_path, jobs):
         assert len(cores) == min(2, len(os.sched_getaffinity(0)))
 
 
-def test_nothing_to_do_is_nothing_done():
-    pool.run(print, [], jobs=2, label=str)
+def test_nothing_to_do_is_nothing_done(tmp_path):
+    pool.run(print, [], jobs=2, programs=tmp_path, label=str)
