@@ -96,7 +96,7 @@ def main() -> None:
         "trace": lambda: np.mean(theirs.trace(maxIter=N_PROBES, tol=0.0)),
         "density": lambda: np.max(theirs.density(iter=N_STEPS, n_v=N_STARTS)[0]),
     }
-    print("\n".join(about()))
+    print("\n".join(about("benchmarks.against_pyhessian")))
     print(f"# torch {torch.__version__}, {torch.get_num_threads()} threads")
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in args.tasks}
     for name in args.tasks:

@@ -49,8 +49,8 @@ def main() -> None:
         write(args.out, header, rows)
 
 
-def about() -> list[str]:
-    """Where and when: the device, the versions, the command."""
+def about(module: str = "benchmarks.run") -> list[str]:
+    """Where and when: the device, the versions, the command that runs `module`."""
     device = jax.devices()[0]
     return [
         f"# {datetime.date.today()}  {device.platform}: {device.device_kind}, "
@@ -58,7 +58,7 @@ def about() -> list[str]:
         f"# Python {platform.python_version()}, jax {jax.__version__}, "
         f"jaxlib {jaxlib.__version__}, flax {flax.__version__}, "
         f"optax {optax.__version__}",
-        f"# python -m benchmarks.run {shlex.join(sys.argv[1:])}".rstrip(),
+        f"# python -m {module} {shlex.join(sys.argv[1:])}".rstrip(),
         "# time: "
         + ("of the process" if device.platform == "cpu" else "of the wall")
         + "; ratios: median over alternating rounds",
