@@ -13,6 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 from lottery_flow import check, checkpoint, data, draw, models, runs
+from lottery_flow import config as config_lib
 from lottery_flow.errors import UserError
 from lottery_flow.job import Job
 from lottery_flow.members import own_fields
@@ -91,25 +92,27 @@ def flat_fields(config: ConfigDict) -> dict[str, Any]:
 
 
 def _model(config, spec):
-    name, widths = config.model.name, tuple(config.model.widths)
-    n_widths = {"lenet5": 4, "mlp": len(widths)}.get(name, 0)
-    if any(not isinstance(w, int) or w < 1 for w in widths) or (
-        widths and len(widths) != n_widths
-    ):
-        raise UserError(
-            f"model.widths={widths}: {name} needs "
-            f"{n_widths or ('some' if name == 'mlp' else 'no')} positive whole "
-            "numbers; () takes its own"
-        )
-    options = {"widths": widths} if widths else {}
-    if config.model.lowering != "auto":
-        if name == "mlp":
+    name, own = config.model.name, models.options(config.model.name)
+    asked = {
+        "widths": tuple(config.model.widths),
+        "width": config.model.width,
+        "norm": config.model.norm,
+        "kernel_init": config.model.kernel_init,
+        "dtype": config.model.dtype,
+        "lowering": config.model.lowering,
+    }
+    default = config_lib.default().model
+    options = {k: v for k, v in asked.items() if v != default[k]}
+    for field, value in options.items():
+        if field not in own:
             raise UserError(
-                f"model.lowering={config.model.lowering!r}: mlp has no convolutions; "
-                "write auto"
+                f"model.{field}={value!r}: {name} has no such choice; leave it at "
+                f"{default[field]!r}"
             )
-        options["lowering"] = config.model.lowering
-    return models.create(name, spec.image_shape, spec.n_classes, **options)
+    try:
+        return models.create(name, spec.image_shape, spec.n_classes, **options)
+    except ValueError as error:
+        raise UserError(f"model {name}: {error}") from error
 
 
 def _decay(config) -> optax.Schedule:
@@ -139,7 +142,7 @@ def _optimizer(config, learning_rate) -> optax.GradientTransformation:
     optim = config.optim
     decay = optax.add_decayed_weights(
         optim.weight_decay,
-        mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
+        mask=masks_lib.in_layers,
     )
     step = optax.scale_by_learning_rate(learning_rate)
     trace = optax.trace(optim.momentum, nesterov=optim.nesterov)

@@ -30,10 +30,20 @@ def fields(config: ConfigDict) -> None:
     _known("model.name", config.model.name, models.MODELS)
     _known("model.init", config.model.init, initializers.INITIALIZERS)
     _known("model.lowering", config.model.lowering, models.LOWERINGS)
+    _known("model.norm", config.model.norm, ("", *models.NORMS))
+    _known("model.kernel_init", config.model.kernel_init, ("", *models.KERNEL_INITS))
+    _known("model.dtype", config.model.dtype, ("float32", "bfloat16"))
     fans, draws = ("fan_in", "fan_out", "fan_avg"), ("normal", "uniform", "truncated")
     _known("model.init_fan", config.model.init_fan, ("", *fans))
     _known("model.init_distribution", config.model.init_distribution, ("", *draws))
     _at_least("model.init_gain", config.model.init_gain, 0.0)
+    if config.model.init == "module":
+        for field in ("init_fan", "init_distribution", "init_gain"):
+            if config.model[field]:
+                raise UserError(
+                    f"model.{field}={config.model[field]!r}: model.init='module' has "
+                    "no such choice; leave it out, or take another init"
+                )
     _known("optim.name", config.optim.name, OPTIMIZERS)
     _known("optim.schedule", config.optim.schedule, ("cosine", "constant"))
     _above("optim.learning_rate", config.optim.learning_rate, 0.0)

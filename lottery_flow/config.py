@@ -24,16 +24,24 @@ def default() -> ConfigDict:
             # What the run directory is called; main.py adds a hash of the rest.
             "name": "custom",
             "model": {
-                # lenet5, mlp, resnet18, resnet34, resnet50, resnet101, wrn16_4,
-                # wrn22_2.
+                # lenet5, mlp; for small images resnet20, wrn16_4, wrn22_2; resnet18,
+                # resnet34, resnet50, resnet101, vgg16, vgg16_bn, mobilenet_v1, vit_s16.
                 "name": "lenet5",
                 # Of the hidden layers of lenet5 and mlp; () is the model's own.
                 "widths": (),
+                "width": 1.0,  # multiplies the channels of all other networks
+                # Of resnets: batch, or fixup, which is none; '' is the model's own.
+                "norm": "",
+                # What the network itself draws for its convolutions, see
+                # init=module: he_fan_out, delta_orthogonal; '' is the model's own.
+                "kernel_init": "",
+                # To compute in, float32 or bfloat16; parameters stay in float32.
+                "dtype": "float32",
                 # How convolutions are computed, see models/layers.py: convolution,
                 # patches; auto chooses by the backend and the shape.
                 "lowering": "auto",
                 # Initialisation of the kernels, see sparsity/initializers.py:
-                # masked_dense, layer_scaled, per_neuron.
+                # masked_dense, layer_scaled, per_neuron; module is the network's own.
                 "init": "masked_dense",
                 "init_fan": "",  # fan_in, fan_out, fan_avg; '' is the init's own
                 "init_distribution": "",  # normal, uniform, truncated

@@ -76,6 +76,32 @@ BEFORE_TRAINING = [
     ("widths_count", "dense_lenet5", {"model__widths": "(6,16)"}, "widths=.*6, 16"),
     ("widths_zero", "dense_mlp", {"model__widths": "(8,0)"}, "widths=.*8, 0"),
     ("widths_float", "dense_mlp", {"model__widths": "(8.5,8)"}, "widths=.*8.5"),
+    ("width", "dense_mlp", {"model__width": 0.5}, r"width=0\.5: mlp has no"),
+    ("norm", "dense_lenet5", {"model__norm": "layer"}, "norm='layer'.*fixup"),
+    (
+        "no_norm",
+        "dense_lenet5",
+        {"model__norm": "fixup"},
+        "norm='fixup': lenet5 has no such choice",
+    ),
+    (
+        "lowering",
+        "dense_mlp",
+        {"model__lowering": "patches"},
+        "lowering='patches': mlp has no",
+    ),
+    (
+        "module_gain",
+        "dense_mlp",
+        {"model__init": "module", "model__init_gain": 2.0},
+        r"init_gain=2\.0: model\.init='module' has",
+    ),
+    (
+        "patch",
+        "dense_mlp",
+        {"model__name": "vit_s16"},
+        "vit_s16: patch=16 does not divide images of 28 x 28",
+    ),
     ("stray", "dense_mlp", {"train__log_every_steps": 0}, "log_every_steps=0"),
     ("masks", "rigl_mlp:smoke", {"sparsity__masks_from": "none"}, "masks_from='none'"),
     (

@@ -16,7 +16,7 @@ from lottery_flow.sparsity import masks
 
 IMAGENET = (224, 224, 3)
 CIFAR = (32, 32, 3)
-NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "wrn16_4", "wrn22_2")
+NAMES = ("resnet20", "resnet50", "wrn16_4", "vgg16", "mobilenet_v1", "vit_s16")
 
 
 def n_parameters(params) -> int:

@@ -5,6 +5,7 @@ sparsity: a sparse network is the same module with zeros in its kernels.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,10 +13,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lottery_flow.models.layers import LOWERINGS
+from lottery_flow.models.layers import LOWERINGS, delta_orthogonal
 from lottery_flow.models.lenet import LeNet5
 from lottery_flow.models.mlp import MLP
-from lottery_flow.models.resnet import resnet18, resnet34, resnet50, resnet101
+from lottery_flow.models.mobilenet import MobileNetV1
+from lottery_flow.models.resnet import (
+    NORMS,
+    he_fan_out,
+    resnet18,
+    resnet20,
+    resnet34,
+    resnet50,
+    resnet101,
+)
+from lottery_flow.models.vgg import vgg16, vgg16_bn
+from lottery_flow.models.vit import ViT
 from lottery_flow.models.wide_resnet import wrn16_4, wrn22_2
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -25,12 +37,32 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet34": resnet34,
     "resnet50": resnet50,
     "resnet101": resnet101,
+    "resnet20": resnet20,
+    "vgg16": vgg16,
+    "vgg16_bn": vgg16_bn,
+    "mobilenet_v1": MobileNetV1,
+    "vit_s16": ViT,
     "wrn16_4": wrn16_4,
     "wrn22_2": wrn22_2,
 }
 
 
-__all__ = ["LOWERINGS", "MODELS", "Model", "create", "from_module"]
+# What networks can draw for their convolutions.
+KERNEL_INITS: dict[str, Callable] = {
+    "he_fan_out": he_fan_out,
+    "delta_orthogonal": delta_orthogonal,
+}
+
+__all__ = [
+    "KERNEL_INITS",
+    "LOWERINGS",
+    "MODELS",
+    "NORMS",
+    "Model",
+    "create",
+    "from_module",
+    "options",
+]
 
 
 class Model(NamedTuple):
@@ -60,10 +92,21 @@ def create(
 ) -> Model:
     """A model of `MODELS`; `options` go to its module, for instance `lowering`.
 
-    The same arguments give the same value, so that what was compiled for it is not
-    compiled again.
+    A `kernel_init` may be one of `KERNEL_INITS`, a `dtype` its name. The same arguments
+    give the same value, so that what was compiled for it is not compiled again.
     """
+    if isinstance(options.get("kernel_init"), str):
+        options["kernel_init"] = KERNEL_INITS[options["kernel_init"]]
     return from_module(MODELS[name](n_classes=n_classes, **options), image_shape)
+
+
+def options(name: str) -> frozenset[str]:
+    """The options that `create` takes for a model."""
+    made = MODELS[name]
+    module = made.func if isinstance(made, functools.partial) else made
+    bound = made.keywords if isinstance(made, functools.partial) else {}
+    fields = set(inspect.signature(module).parameters)
+    return frozenset(fields - bound.keys() - {"n_classes", "name", "parent"})
 
 
 def from_module(module: nn.Module, image_shape: tuple[int, int, int]) -> Model:

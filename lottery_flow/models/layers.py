@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 Pair: TypeAlias = tuple[int, int]
 Padding: TypeAlias = str | int | Sequence[int | Pair]
@@ -34,11 +34,21 @@ LOWERINGS = ("auto", "convolution", "patches")
 _FEW_IN, _FEW_OUT = 7, 16
 
 
+def check_widths(widths: Sequence[Any], n: int | None = None) -> None:
+    """Raises ValueError unless widths are n positive whole numbers; None: any n."""
+    whole = all(isinstance(w, int) and w > 0 for w in widths)
+    if not whole or n not in (None, len(widths)):
+        raise ValueError(
+            f"widths={tuple(widths)} must be {n or 'some'} positive whole numbers; () "
+            "takes the network's own"
+        )
+
+
 class Conv(nn.Module):
     """A convolution of images: `nn.Conv`, with a choice of how it is computed.
 
-    Parameters (`kernel` [kh kw c features], `bias` [features]), their initial values
-    and the meaning of the attributes are those of `nn.Conv` for two spatial
+    Parameters (`kernel` [kh kw c/groups features], `bias` [features]), their initial
+    values and the meaning of the attributes are those of `nn.Conv` for two spatial
     dimensions.
 
     Attributes:
@@ -47,6 +57,8 @@ class Conv(nn.Module):
       strides: of the output, one number or one for each dimension.
       padding: "SAME", "VALID", or zeros to add: a number, or for each dimension a
         number or (low, high).
+      groups: of channels, each connected with its share of the features alone; as
+        many as channels make a depthwise convolution. Always XLA's own operation.
       use_bias: whether there is a bias.
       dtype: to compute in; the parameters stay in float32. None takes the usual
         promotion of inputs and parameters.
@@ -55,13 +67,15 @@ class Conv(nn.Module):
       lowering: one of `LOWERINGS`; "auto" takes the faster for the backend and shape.
 
     Raises:
-      ValueError: an unknown lowering or padding.
+      ValueError: an unknown lowering or padding; groups that do not divide the
+        channels and the features, or that patches were asked for.
     """
 
     features: int
     kernel_size: Pair
     strides: int | Pair = 1
     padding: Padding = "SAME"
+    groups: int = 1
     use_bias: bool = True
     dtype: Any = None
     kernel_init: Callable = nn.linear.default_kernel_init
@@ -72,18 +86,25 @@ class Conv(nn.Module):
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b p q o"]:
         strides = _pair(self.strides)
         padding = _pads(self.padding, images.shape[1:3], self.kernel_size, strides)
-        shape = (*self.kernel_size, images.shape[-1], self.features)
-        lowering = choose_lowering(self.lowering, shape)
+        channels = images.shape[-1]
+        if self.groups < 1 or channels % self.groups or self.features % self.groups:
+            raise ValueError(
+                f"groups={self.groups} must divide the {channels} channels and the "
+                f"{self.features} features"
+            )
+        shape = (*self.kernel_size, channels // self.groups, self.features)
+        lowering = choose_lowering(self.lowering, shape, self.groups)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, shape[-1:], jnp.float32)
         x, kernel, bias = promote_dtype(images, kernel, bias, dtype=self.dtype)
-        convolve = _convolution if lowering == "convolution" else _patches
-        return convolve(x, kernel, bias, strides, padding)
+        if lowering == "patches":
+            return _patches(x, kernel, bias, strides, padding)
+        return _convolution(x, kernel, bias, strides, padding, self.groups)
 
 
-def choose_lowering(lowering: str, kernel_shape: Sequence[int]) -> str:
+def choose_lowering(lowering: str, kernel_shape: Sequence[int], groups: int = 1) -> str:
     """Either "convolution" or "patches": what "auto" means for a kernel [kh kw c o].
 
     On a CPU patches win where channels are few (the first layers of small networks,
@@ -91,15 +112,35 @@ def choose_lowering(lowering: str, kernel_shape: Sequence[int]) -> str:
     the faster, and keeps no copies for the gradient; on other backends always.
 
     Raises:
-      ValueError: `lowering` is none of `LOWERINGS`.
+      ValueError: `lowering` is none of `LOWERINGS`, or patches in groups.
     """
     if lowering not in LOWERINGS:
         raise ValueError(f"lowering={lowering!r}: choose one of {', '.join(LOWERINGS)}")
+    if groups > 1 and lowering == "patches":
+        raise ValueError(
+            f"lowering='patches' has no groups (here {groups}); choose auto"
+        )
+    if groups > 1:
+        return "convolution"
     if lowering != "auto":
         return lowering
     kh, kw, channels, features = kernel_shape
     narrow = kh * kw > 1 and channels <= _FEW_IN and features <= _FEW_OUT
     return "patches" if narrow and jax.default_backend() == "cpu" else "convolution"
+
+
+def delta_orthogonal(
+    key: Key[Array, ""], shape: Sequence[int], dtype: Any = jnp.float32
+) -> Float[Array, "..."]:
+    """A random orthogonal matrix at the centre of the kernel, and zeros around it.
+
+    Keeps the length of what comes in where there are at least as many features as
+    channels (Xiao et al. 2018, arXiv 1806.05393); with fewer it is a projection.
+    """
+    *spatial, _, _ = shape
+    matrix = nn.initializers.orthogonal()(key, tuple(shape[-2:]), dtype)
+    centre = tuple((size - 1) // 2 for size in spatial)
+    return jnp.zeros(shape, dtype).at[centre].set(matrix)
 
 
 def max_pool(
@@ -129,10 +170,15 @@ def _first(a: Array, b: Array) -> Array:
     return jnp.where((a >= b) | (a != a), a, b)
 
 
-def _convolution(x, kernel, bias, strides, padding):
+def _convolution(x, kernel, bias, strides, padding, groups):
     """XLA's convolution."""
     y = lax.conv_general_dilated(
-        x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x,
+        kernel,
+        strides,
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
     )
     return y if bias is None else y + bias.reshape(1, 1, 1, -1)
 

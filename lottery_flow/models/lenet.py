@@ -3,7 +3,7 @@
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from lottery_flow.models.layers import Conv, max_pool
+from lottery_flow.models.layers import Conv, check_widths, max_pool
 
 
 class LeNet5(nn.Module):
@@ -19,13 +19,14 @@ class LeNet5(nn.Module):
     """
 
     n_classes: int = 10
-    widths: tuple[int, int, int, int] = (6, 16, 120, 84)
+    widths: tuple = (6, 16, 120, 84)
     lowering: str = "auto"
 
     @nn.compact
     def __call__(
         self, images: Float[Array, "b h w c"], train: bool = False
     ) -> Float[Array, "b n_classes"]:
+        check_widths(self.widths, 4)
         x = images
         for i, width in enumerate(self.widths[:2], start=1):
             conv = Conv(

@@ -3,6 +3,8 @@
 import flax.linen as nn
 from jaxtyping import Array, Float
 
+from lottery_flow.models.layers import check_widths
+
 
 class MLP(nn.Module):
     """Dense layers on the flattened image.
@@ -15,12 +17,13 @@ class MLP(nn.Module):
     """
 
     n_classes: int = 10
-    widths: tuple[int, ...] = (300, 100)
+    widths: tuple = (300, 100)
 
     @nn.compact
     def __call__(
         self, images: Float[Array, "b h w c"], train: bool = False
     ) -> Float[Array, "b n_classes"]:
+        check_widths(self.widths)
         x = images.reshape(images.shape[0], -1)
         for i, width in enumerate(self.widths, start=1):
             x = nn.relu(nn.Dense(width, name=f"fc{i}")(x))

@@ -1,4 +1,4 @@
-"""Residual networks for ImageNet, version 1.5, after He et al. 2015 (arXiv 1512.03385).
+"""Residual networks, version 1.5, after He et al. 2015 (arXiv 1512.03385).
 
     y = relu(shortcut(x) + branch(x))     branch: 3x3, 3x3 or 1x1, 3x3, 1x1
 
@@ -8,7 +8,11 @@ the 3x3 convolution of a bottleneck, not in the 1x1 before it. The scale of the 
 normalisation of a branch starts at zero, so that each block starts as its shortcut
 (Goyal et al. 2017, arXiv 1706.02677); normalisation has momentum 0.9 and epsilon 1e-5,
 the last layer starts from N(0, 0.01), as in the paper's released code. Kernels start
-as in He et al. 2015 (arXiv 1502.01852), by the fan-out.
+as in He et al. 2015 (arXiv 1502.01852), by the fan-out. Without normalisation, blocks
+are those of `fixup`.
+
+ResNet-18 to -101 are for ImageNet. ResNet-20 is the one of the same paper for 32 x 32
+images, but with 1x1 convolutions for shortcuts, as lottery ticket studies have it.
 """
 
 from collections.abc import Callable
@@ -19,7 +23,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lottery_flow.models.fixup import FixupBlock, branch, fixup_head, shifted
 from lottery_flow.models.layers import Conv
+
+NORMS = ("batch", "fixup")
 
 # N(0, 2 / fan_out).
 he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -81,11 +88,7 @@ class Block(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], train: bool = False
     ) -> Float[Array, "b p q o"]:
-        inner = self.inner or self.channels
-        # Kernel size, stride and output channels.
-        layers = [(3, self.stride, inner), (3, 1, self.channels)]
-        if self.inner:
-            layers = [(1, 1, inner), (3, self.stride, inner), (1, 1, self.channels)]
+        layers = branch(self.channels, self.inner, self.stride)
         y = x
         for i, (size, stride, channels) in enumerate(layers, start=1):
             # Zeros on both sides also where the stride is 2: "SAME" would add one.
@@ -101,15 +104,19 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """7x7 convolution, max pooling, four stages of blocks, mean, one dense layer.
+    """A convolution, stages of blocks, mean, one dense layer.
 
     Layers are called `conv1`, `stage1_block1/conv1`, ..., `stage4_block2/shortcut`,
-    `fc`.
+    `fc`. Each stage has twice the channels of the one before, on half the image.
 
     Attributes:
       n_classes: number of logits.
       n_blocks: of each stage.
       bottleneck: whether blocks are bottlenecks, with four times as many channels.
+      first: channels of the first stage.
+      small_images: begin with a 3x3 convolution, instead of a 7x7 one that halves the
+        image and max pooling that halves it again.
+      norm: one of `NORMS`; "fixup" has no normalisation (Zhang et al. 2019).
       width: multiplies every number of channels; rounded down.
       dtype: of the convolutions and their outputs; parameters, normalisation and
         logits are float32.
@@ -120,6 +127,9 @@ class ResNet(nn.Module):
     n_classes: int
     n_blocks: tuple[int, ...]
     bottleneck: bool
+    first: int = 64
+    small_images: bool = False
+    norm: str = "batch"
     width: float = 1.0
     dtype: Any = jnp.float32
     kernel_init: Callable = he_fan_out
@@ -129,22 +139,31 @@ class ResNet(nn.Module):
     def __call__(
         self, images: Float[Array, "b h w c"], train: bool = False
     ) -> Float[Array, "b n_classes"]:
-        conv = unbiased(self)
-        x = conv(scaled(64, self.width), (7, 7), 2, 3, name="conv1")(images)
-        x = nn.relu(normalize(x, train, "norm1"))
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
+        if self.norm not in NORMS:
+            raise ValueError(f"norm={self.norm!r}: choose one of {', '.join(NORMS)}")
+        fixup, conv = self.norm == "fixup", unbiased(self)
+        size, stride = (3, 1) if self.small_images else (7, 2)
+        width = scaled(self.first, self.width)
+        x = conv(width, (size, size), stride, size // 2, name="conv1")(images)
+        x = shifted(self, x, "bias1") if fixup else normalize(x, train, "norm1")
+        x = nn.relu(x)
+        if not self.small_images:
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
+        block: Callable = Block
+        if fixup:
+            block = partial(FixupBlock, n_blocks=sum(self.n_blocks))
         for i, n_blocks in enumerate(self.n_blocks):
-            inner = scaled(64 * 2**i, self.width)
-            channels = scaled(256 * 2**i, self.width) if self.bottleneck else inner
+            inner = scaled(self.first * 2**i, self.width)
+            outer = scaled(4 * self.first * 2**i, self.width)
             for j in range(n_blocks):
-                x = Block(
-                    channels=channels,
+                x = block(
+                    channels=outer if self.bottleneck else inner,
                     inner=inner if self.bottleneck else None,
                     stride=2 if i > 0 and j == 0 else 1,
                     conv=conv,
                     name=f"stage{i + 1}_block{j + 1}",
                 )(x, train)
-        return head(x, self.n_classes)
+        return fixup_head(self, x) if fixup else head(x, self.n_classes)
 
 
 def head(x: Float[Array, "b h w c"], n_classes: int) -> Float[Array, "b n_classes"]:
@@ -153,6 +172,9 @@ def head(x: Float[Array, "b h w c"], n_classes: int) -> Float[Array, "b n_classe
     return nn.Dense(n_classes, kernel_init=nn.initializers.normal(0.01), name="fc")(x)
 
 
+resnet20 = partial(
+    ResNet, n_blocks=(3, 3, 3), bottleneck=False, first=16, small_images=True
+)
 resnet18 = partial(ResNet, n_blocks=(2, 2, 2, 2), bottleneck=False)
 resnet34 = partial(ResNet, n_blocks=(3, 4, 6, 3), bottleneck=False)
 resnet50 = partial(ResNet, n_blocks=(3, 4, 6, 3), bottleneck=True)

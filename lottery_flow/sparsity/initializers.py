@@ -2,6 +2,7 @@
 
 For the active weight from input i to output o of a layer
 
+    module         what the network itself draws, masked
     masked dense   var = gain / fan                     fan of the dense layer
     layer scaled   var = gain / (fan * layer density)   Liu et al. 2019
     per neuron     var = gain / fan(mask)               the paper
@@ -13,14 +14,14 @@ without any counts as 1. Sources: the paper and its released code (per neuron); 
 al. 2019, "Rethinking the value of network pruning" (layer scaled); He et al. 2015 and
 Glorot & Bengio 2010 (dense). Kernels have layout (..., in, out).
 
-Every function takes `(key, params, masks)` and redraws the kernels; leaves with
-fewer than two dimensions (biases, norms) are returned as they came, masked or not. A
-kernel without a mask is drawn as a full one.
+Every function takes `(key, params, masks)`; all but the first redraw the kernels. What
+is no kernel (biases, norms, embeddings) is returned as it came, masked or not. A kernel
+without a mask is drawn as a full one.
 
 Guarantees:
   - Inactive weights of kernels are exactly zero.
   - Biases and norm parameters keep their bits.
-  - For a full mask and equal options all three have the same distribution.
+  - For a full mask and equal options the last three have the same distribution.
 """
 
 from collections.abc import Callable
@@ -38,6 +39,21 @@ Distribution: TypeAlias = Literal["normal", "uniform", "truncated"]
 
 # Standard deviation of a standard normal truncated to [-2, 2].
 _TRUNCATED_STD = 0.87962566103423978
+
+
+def module(key: Key[Array, ""], params: Params, masks: Masks) -> Params:
+    """The kernels as they came, for networks that have an initialisation of their own.
+
+    For instance Fixup's, or that of a ResNet's last layer.
+    """
+    del key
+    kept = masks_lib.apply(masks, params)
+    return jax.tree.map(
+        lambda kernel, own, leaf: own if kernel else leaf,
+        masks_lib.in_layers(params),
+        kept,
+        params,
+    )
 
 
 def masked_dense(
@@ -93,6 +109,7 @@ def per_neuron(
 
 
 INITIALIZERS: dict[str, Callable[..., Params]] = {
+    "module": module,
     "masked_dense": masked_dense,
     "layer_scaled": layer_scaled,
     "per_neuron": per_neuron,

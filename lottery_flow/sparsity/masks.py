@@ -21,8 +21,12 @@ Params: TypeAlias = PyTree[Float[Array | np.ndarray, "..."]]
 
 
 def is_kernel(name: str, leaf: Any) -> bool:
-    """The default choice of prunable leaves: floating, two dimensions or more."""
-    del name
+    """The default choice of prunable leaves: floating, two dimensions or more.
+
+    Embeddings, of positions for instance, are tables of vectors and no connections.
+    """
+    if name.endswith("embedding"):
+        return False
     return len(leaf.shape) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
@@ -36,6 +40,12 @@ def layers(
       is_prunable: decides from the layer's name and its leaf.
     """
     return {k: v for k, v in named_leaves(params).items() if is_prunable(k, v)}
+
+
+def in_layers(params: PyTree) -> PyTree:
+    """At every leaf, whether it is a prunable one."""
+    found = [is_kernel(name, leaf) for name, leaf in named_leaves(params).items()]
+    return jax.tree.unflatten(jax.tree.structure(params), found)
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:

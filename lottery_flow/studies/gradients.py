@@ -1,10 +1,9 @@
 """Gradient flow and signal propagation of a run."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
+from lottery_flow import draw
 from lottery_flow.analysis import batches as batches_lib
 from lottery_flow.analysis import gradient_flow, gradient_noise, signal
 from lottery_flow.build import init_options
@@ -125,10 +124,13 @@ def signal_propagation(study: Study, options: Options) -> Findings:
     n = options.batch_size or 500
     images = jax.random.normal(jax.random.fold_in(key, 0), (n, *spec.image_shape))
     labels = jax.random.randint(jax.random.fold_in(key, 1), (n,), 0, spec.n_classes)
-    init = functools.partial(
-        initializers.INITIALIZERS[study.config.model.init],
-        **init_options(study.config),
-    )
+    own = initializers.INITIALIZERS[study.config.model.init]
+
+    def init(key, params, masks):
+        del params  # trained, perhaps
+        fresh = model.init(jax.random.fold_in(key, draw.PARAMS))["params"]
+        init_key = jax.random.fold_in(key, draw.INIT)
+        return own(init_key, fresh, masks, **init_options(study.config))
 
     def trace(params, batch, perturbations):
         return model.trace(params, stats, batch["image"], True, perturbations)

@@ -171,6 +171,22 @@ def test_for_a_full_mask_all_three_have_the_same_distribution(fan, distribution)
         )
 
 
+def test_a_network_keeps_what_it_drew_itself():
+    """Inactive weights aside; masked or not, biases keep their bits."""
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), fresh_params()
+    )
+    mask_tree = jax.tree.map(jnp.asarray, UNEVEN)
+    mask_tree["conv"]["bias"] = jnp.zeros(300, bool)
+    mask_tree["dense"]["kernel"] = None
+    new = initializers.INITIALIZERS["module"](jax.random.key(0), params, mask_tree)
+    kernel = np.where(UNEVEN["conv"]["kernel"], params["conv"]["kernel"], 0)
+    np.testing.assert_array_equal(new["conv"]["kernel"], kernel)
+    for layer, leaf in (("conv", "bias"), ("dense", "kernel"), ("dense", "bias")):
+        np.testing.assert_array_equal(new[layer][leaf], params[layer][leaf])
+
+
 # Guarantees on every draw
 
 

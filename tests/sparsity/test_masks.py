@@ -51,6 +51,14 @@ def test_layers_are_floating_and_have_two_dimensions():
     assert list(masks_lib.layers(tree)) == ["w"]
 
 
+def test_embeddings_are_no_layers():
+    tree = {"position_embedding": jnp.ones((4, 3)), "fc": {"kernel": jnp.ones((3, 2))}}
+    assert list(masks_lib.layers(tree)) == ["fc"]
+    expected = {"position_embedding": False, "fc": {"kernel": True}}
+    assert masks_lib.in_layers(tree) == expected
+    assert masks_lib.in_layers(jax.eval_shape(lambda: tree)) == expected
+
+
 def test_layers_take_shapes_and_a_choice_of_their_own():
     shapes = jax.eval_shape(params)
     assert masks_lib.layers(shapes)["dense"].shape == (6, 5)
