@@ -4,8 +4,9 @@ What makes no sense is rejected here, before anything is computed or written, in
 sentence that names the field, its value and the remedy.
 """
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -75,6 +76,34 @@ def build(config: ConfigDict, seed: int) -> Job:
         member_devices=config.train.member_devices,
         chunk_steps=config.train.chunk_steps,
     )
+
+
+class Layers(NamedTuple):
+    """The layers of a network that can be sparse, by name.
+
+    Attributes:
+      shapes: of the kernels, (..., in, out).
+      positions: output positions for one image.
+      n_active: weights that a random mask, or pruning at its end, leaves.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    positions: dict[str, int]
+    n_active: dict[str, int]
+
+
+def layers(config: ConfigDict) -> Layers:
+    """The layers of a configuration's network, with the sparsity that it asks for.
+
+    Raises:
+      UserError: a field that makes no sense.
+    """
+    check.fields(config)
+    model = _model(config, data.DATASETS[config.data.name].spec)
+    params = jax.eval_shape(model.init, jax.random.key(0))["params"]
+    shapes = {k: v.shape for k, v in masks_lib.layers(params).items()}
+    sizes = {k: math.prod(shape) for k, shape in shapes.items()}
+    return Layers(shapes, model.positions, sizes | _n_active(config, params))
 
 
 def flat_fields(config: ConfigDict) -> dict[str, Any]:

@@ -7,8 +7,11 @@ from typing import NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
+from ml_collections import ConfigDict, config_flags
 
 from lottery_flow import allocator
+from lottery_flow import config as config_lib
+from lottery_flow.build import flat_fields
 from lottery_flow.errors import UserError
 
 
@@ -39,6 +42,45 @@ def run(
             _fail(explain(argv) or error)
 
     app.run(guarded, flags_parser=parse)
+
+
+def define_config(values: flags.FlagValues) -> None:
+    """The flag `--config`, whose fields are flags too: `--config.optim.name=adam`."""
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Configuration file, with an argument after a colon if it has one.",
+        flag_values=values,
+    )
+
+
+def load_config() -> ConfigDict:
+    """What `--config` names.
+
+    Raises:
+      UserError: it is missing, or there is no such file.
+    """
+    config = flags.FLAGS.config
+    if config is None:
+        raise UserError("--config is missing; give --config=configs/quickstart.py")
+    try:
+        _ = config.name  # a file that could not be read says so at the first access
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--config: give the path of a file ({reason})") from error
+    return config
+
+
+def unknown_field(argv: Sequence[str]) -> str | None:
+    """A sentence on the first --config.FIELD that no configuration has."""
+    fields = flat_fields(config_lib.default())
+    for arg in argv:
+        name = arg.removeprefix("--config.").split("=")[0]
+        if arg.startswith("--config.") and name not in fields:
+            group = name.rpartition(".")[0]
+            known = [f for f in fields if f.rpartition(".")[0] == group] or fields
+            return f"--config.{name} is not a field; there are {', '.join(known)}"
+    return None
 
 
 def prepare(level: int = logging.INFO) -> None:

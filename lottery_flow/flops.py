@@ -1,165 +1,158 @@
-"""Operations, bytes and training cost of sparse networks.
+"""What the training of a configuration costs: operations, bytes, and both by layer.
 
-    operations  = 2 n P + c_out P      one layer, one image
-                  multiplications n P + c_out P (the ReLU), additions
-                  (n - c_out) P + c_out P (the bias)
-    bits        = 32 n + N [n < N] + 32 c_out         one layer
-    training    = m (3 f T + 2 f + 1) / (3 (T + 1))   RigL, relative to dense training
-                  m f                                 fixed mask, SET, gradual pruning
+    python -m lottery_flow.flops --config=configs/rigl_lenet5.py
+    python -m lottery_flow.flops --config=... --csv=layers.csv
 
-n of the layer's N weights are active; P is the number of output positions of the layer
-(height times width, 1 for a dense layer); f the operations for inference relative to
-the dense network, T the steps between two rewires, m the length of training relative to
-the dense run.
-
-Sources: the counting rules of the MicroNet Challenge (google-research,
-`micronet_challenge/counting.py`), written there as v = kh kw c_in (1 - s) and
-P c_out outputs, so that n = v c_out. The training cost is that of Evci et al., "Rigging
-the Lottery" (arXiv 1911.11134), appendix on FLOPs: a step costs a forward pass and, for
-the gradients of activations and of weights, one more each: 3 f. One step in T + 1 takes
-the gradient of all weights, active or not: 2 f + 1.
-
-Every layer counts as one with bias and ReLU. Normalisation, pooling, residual sums and
-the softmax are not counted. The published tables take n = N (1 - s), not rounded.
+counts (see `counting`) the network at the sparsity that the configuration asks for,
+and puts its training beside that of the other kinds of methods at that sparsity.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from statistics import fmean
+from collections.abc import Sequence
 
-Shapes = Mapping[str, tuple[int, ...]]
-"""Layer name -> kernel shape, laid out as (..., in, out)."""
+import numpy as np
+import pandas as pd
+from absl import flags
+from ml_collections import ConfigDict
 
-Counts = Mapping[str, float | int]
-"""Layer name -> number of active weights, whole or as size times density."""
+from lottery_flow import command, counting
+from lottery_flow.build import Layers, layers
+from lottery_flow.errors import UserError
+from lottery_flow.sparsity import schedules
+
+# What the published table of ResNet-50 differs in from the network: it counts the
+# first convolution on images that are padded already, 115 x 115 outputs, not 112.
+PUBLISHED_POSITIONS = {"resnet50": {"conv1": 115**2}}
 
 
-def inference_flops(
-    shapes: Shapes,
-    positions: Mapping[str, int],
-    n_active: Counts | None = None,
-) -> dict[str, float]:
-    """Multiplications plus additions of each layer for one image.
+def by_layer(own: Layers) -> pd.DataFrame:
+    """A row for each layer, by name, and one for all.
+
+    Columns: layer, shape, positions, weights, active, sparsity (fraction), flops and
+    dense_flops (for one image), megabytes.
+    """
+    sparse = counting.inference_flops(own.shapes, own.positions, own.n_active)
+    dense = counting.inference_flops(own.shapes, own.positions)
+    rows = []
+    for name in own.positions:
+        shape, n = own.shapes[name], own.n_active[name]
+        size = int(np.prod(shape))
+        rows.append(
+            {
+                "layer": name,
+                "shape": "x".join(map(str, shape)),
+                "positions": own.positions[name],
+                "weights": size,
+                "active": n,
+                "sparsity": 1 - n / size,
+                "flops": sparse[name],
+                "dense_flops": dense[name],
+                "megabytes": counting.model_megabytes({name: shape}, {name: n}),
+            }
+        )
+    found = pd.DataFrame(rows)
+    sums = found[["weights", "active", "flops", "dense_flops", "megabytes"]].sum()
+    total = {"layer": "all", "shape": "", "positions": 0, **sums}
+    total["sparsity"] = 1 - sums["active"] / sums["weights"]
+    found = pd.concat([found, pd.DataFrame([total])], ignore_index=True)
+    return found.astype({"weights": int, "active": int})
+
+
+def by_method(config: ConfigDict, f: float) -> pd.DataFrame:
+    """Training at the final sparsity by each kind of method, over dense training.
 
     Args:
-      shapes: layer name -> kernel shape (..., in, out).
-      positions: layer name -> number of output positions per image.
-      n_active: layer name -> number of active weights; None counts the dense network.
+      config: gives the steps, the interval between rewires and the pruning schedule.
+      f: operations for inference over those of the dense network.
 
-    Raises:
-      ValueError: a layer lacks its positions or its count, or the count is outside
-        [0, size].
-
-    Source: `micronet_challenge/counting.py`; a grouped or depthwise convolution follows
-    the same rule, its kernel being (kh, kw, c_in / groups, c_out).
+    Columns: method, ratio. Pruning is there where the configuration prunes.
     """
-    active = _active(shapes, n_active)
-    _check_names("positions", shapes, positions)
-    return {
-        name: float((2 * active[name] + shape[-1]) * positions[name])
-        for name, shape in shapes.items()
+    sparsity, n_steps = config.sparsity, config.train.total_steps
+    interval = sparsity.interval_steps
+    rows = {
+        "dense": 1.0,
+        "fixed mask, SET": counting.training_flops(f),
+        "SNIP (one dense gradient, then fixed)": counting.training_flops(
+            [1.0] + [f] * (n_steps - 1)
+        ),
+        f"RigL, every {interval} steps": counting.training_flops(f, interval),
     }
-
-
-def model_megabytes(shapes: Shapes, n_active: Counts | None = None) -> float:
-    """Size of the model in megabytes (10^6 bytes).
-
-    32 bits for each active weight and each bias, and for a layer that is not dense one
-    bit per element to say which are active.
-
-    Args:
-      shapes: layer name -> kernel shape (..., in, out).
-      n_active: layer name -> number of active weights; None counts the dense network.
-
-    Raises:
-      ValueError: a layer lacks its count, or the count is outside [0, size].
-
-    Source: `micronet_challenge/counting.py`.
-    """
-    active = _active(shapes, n_active)
-    bits = 0.0
-    for name, shape in shapes.items():
-        size = math.prod(shape)
-        bit_mask = size if active[name] < size else 0
-        bits += 32 * active[name] + bit_mask + 32 * shape[-1]
-    return bits / 8e6
-
-
-def training_flops(
-    f: float | Sequence[float],
-    interval: int | None = None,
-    length_multiplier: float = 1.0,
-) -> float:
-    """Operations of a training run relative to one dense run.
-
-    Args:
-      f: operations for inference relative to the dense network; several values, one
-        for each of equal parts of the run, are averaged (gradual pruning).
-      interval: steps between two rewires that need the dense gradient (RigL), or None
-        where none does (fixed mask, SET, gradual pruning).
-      length_multiplier: steps of the run relative to the dense run.
-
-    Raises:
-      ValueError: `f` is empty or negative, `interval` is below 1, or
-        `length_multiplier` is not positive.
-
-    Source: arXiv 1911.11134, appendix on FLOPs.
-    """
-    ratios = list(f) if isinstance(f, Sequence) else [f]
-    if not ratios or not all(0 <= ratio < math.inf for ratio in ratios):
-        raise ValueError(
-            f"f={f} must be one or more ratios of at least 0: divide the operations of "
-            "the sparse network by those of the dense one"
+    if sparsity.rule == "gradual_pruning":
+        progress = schedules.cubic_sparsity(
+            0.0, 1.0, sparsity.begin_steps, sparsity.end_steps
         )
-    if interval is not None and interval < 1:
-        raise ValueError(
-            f"interval={interval} must be at least 1 step: write None for a method "
-            "without dense gradients"
-        )
-    if not 0 < length_multiplier < math.inf:
-        raise ValueError(
-            f"length_multiplier={length_multiplier} must be positive: write 1 for a "
-            "run as long as the dense one"
-        )
-    mean = fmean(ratios)
-    if interval is None:
-        return length_multiplier * mean
-    cost = 3 * mean * interval + 2 * mean + 1
-    return length_multiplier * cost / (3 * (interval + 1))
+        # Weights are removed after a step: the next one is the first without them.
+        last = np.arange(n_steps) - 1
+        last -= (last - sparsity.begin_steps) % interval
+        done = [progress(step) for step in last.tolist()]
+        ratios = [1 - share * (1 - f) for share in done]
+        rows["gradual pruning"] = counting.training_flops(ratios)
+    return pd.DataFrame({"method": list(rows), "ratio": list(rows.values())})
 
 
-def dense_training_flops(inference: float, n_steps: int, batch_size: int) -> float:
-    """Operations of the dense training run that `training_flops` is relative to.
+def describe(config: ConfigDict, own: Layers) -> str:
+    """Both tables and the totals, as text."""
+    table = by_layer(own)
+    total = table.iloc[-1]
+    f = total["flops"] / total["dense_flops"]
+    shown = table.assign(
+        positions=[*table["positions"].astype(str)[:-1], ""],
+        sparsity=table["sparsity"].map("{:.2%}".format),
+        flops=table["flops"].map("{:,.0f}".format),
+        dense_flops=table["dense_flops"].map("{:,.0f}".format),
+        megabytes=table["megabytes"].map("{:.4f}".format),
+    )
+    methods = by_method(config, f)
+    methods["ratio"] = methods["ratio"].map("{:.4f}".format)
+    dense = counting.dense_training_flops(
+        total["dense_flops"], config.train.total_steps, config.train.batch_size
+    )
+    return "\n".join(
+        [
+            shown.to_string(index=False),
+            "",
+            f"inference: {f:.5f} of the dense network",
+            f"dense training: {dense:.4g} operations, {config.train.total_steps:,} "
+            f"steps of {config.train.batch_size} images; relative to it:",
+            methods.to_string(index=False, header=False),
+        ]
+    )
 
-    Args:
-      inference: operations of the dense network for one image.
-      n_steps: number of training steps.
-      batch_size: images per step.
-    """
-    return 3.0 * inference * n_steps * batch_size
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The flags of this command."""
+    command.define_config(values)
+    flags.DEFINE_string("csv", "", "Write the rows by layer there.", flag_values=values)
+    flags.DEFINE_bool(
+        "as_published",
+        False,
+        "Count what the published tables of this network count.",
+        flag_values=values,
+    )
 
 
-def _active(shapes: Shapes, n_active: Counts | None) -> Counts:
-    """The checked counts; the sizes where none are given."""
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    if n_active is None:
-        return sizes
-    _check_names("n_active", shapes, n_active)
-    for name, size in sizes.items():
-        if not 0 <= n_active[name] <= size:
-            raise ValueError(
-                f"n_active[{name!r}]={n_active[name]} must lie in [0, {size}]: give "
-                "the number of active weights of that layer"
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise UserError(f"unknown argument {argv[1]!r}; flags begin with --")
+    config = command.load_config()
+    own = layers(config)
+    if flags.FLAGS.as_published:
+        if config.model.name not in PUBLISHED_POSITIONS:
+            raise UserError(
+                f"--as_published: of {config.model.name} no table is known; there is "
+                f"one of {', '.join(PUBLISHED_POSITIONS)}"
             )
-    return n_active
+        published = PUBLISHED_POSITIONS[config.model.name]
+        own = own._replace(positions=own.positions | published)
+    print(describe(config, own))
+    if flags.FLAGS.csv:
+        by_layer(own).to_csv(flags.FLAGS.csv, index=False)
 
 
-def _check_names(argument: str, shapes: Shapes, values: Counts) -> None:
-    """Every layer needs a value, and every value a layer."""
-    missing = sorted(shapes.keys() - values.keys())
-    unknown = sorted(values.keys() - shapes.keys())
-    if missing or unknown:
-        raise ValueError(
-            f"{argument} lacks layers {missing} and has unknown layers {unknown}: give "
-            f"one value for each of {sorted(shapes)}"
-        )
+def cli() -> None:
+    """The command, from the shell."""
+    define_flags(flags.FLAGS)
+    command.run(main, command.unknown_field)
+
+
+if __name__ == "__main__":
+    cli()

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from lottery_flow import command, members, report, runs
 from lottery_flow import config as config_lib
@@ -19,12 +19,7 @@ _LOG = logging.getLogger("lottery_flow")
 
 def define_flags(values: flags.FlagValues) -> None:
     """The flags of this command."""
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "Configuration file, with an argument after a colon if it has one.",
-        flag_values=values,
-    )
+    command.define_config(values)
     flags.DEFINE_string(
         "workdir", "runs", "Where run directories are made.", flag_values=values
     )
@@ -33,7 +28,7 @@ def define_flags(values: flags.FlagValues) -> None:
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"unknown argument {argv[1]!r}; flags begin with --")
-    config = _load_config()
+    config = command.load_config()
     # Everything is checked for all members before the first is trained.
     workdir = flags.FLAGS.workdir
     started = [(own, open_(own, s, workdir)) for own, s in members.members(config)]
@@ -60,18 +55,6 @@ def open_(config: ConfigDict, seed: int, workdir: str) -> Run:
     return Run(job, paths, record)
 
 
-def _load_config():
-    config = flags.FLAGS.config
-    if config is None:
-        raise UserError("--config is missing; give --config=configs/quickstart.py")
-    try:
-        _ = config.name  # a file that could not be read says so at the first access
-    except OSError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--config: give the path of a file ({reason})") from error
-    return config
-
-
 def train_all(started: list[tuple[ConfigDict, Run]]) -> None:
     """Trains the runs, then writes their summaries, figures and, last, DONE."""
     for _, run in started:
@@ -94,19 +77,7 @@ def train_all(started: list[tuple[ConfigDict, Run]]) -> None:
 def cli() -> None:
     """The command, from the shell."""
     define_flags(flags.FLAGS)
-    command.run(main, _unknown_field)
-
-
-def _unknown_field(argv: Sequence[str]) -> str | None:
-    """A sentence on the first --config.FIELD that no configuration has."""
-    fields = flat_fields(config_lib.default())
-    for arg in argv:
-        name = arg.removeprefix("--config.").split("=")[0]
-        if arg.startswith("--config.") and name not in fields:
-            group = name.rpartition(".")[0]
-            known = [f for f in fields if f.rpartition(".")[0] == group] or fields
-            return f"--config.{name} is not a field; there are {', '.join(known)}"
-    return None
+    command.run(main, command.unknown_field)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lottery_flow import flops
+from lottery_flow import counting
 from lottery_flow.metrics import Row
 from lottery_flow.models import Model
 from lottery_flow.sparsity import masks as masks_lib
@@ -23,7 +23,7 @@ def summary(name: str, model: Model, state: TrainState, rows: list[Row]) -> str:
     n_active = masks_lib.counts(state.masks, state.params)
     n_all = {k: v.size for k, v in layers.items()}
     sparse, dense = (
-        flops.inference_flops(shapes, model.positions, n) for n in (n_active, n_all)
+        counting.inference_flops(shapes, model.positions, n) for n in (n_active, n_all)
     )
     first, last = rows[0], rows[-1]
     lines = [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import special
-from test_flops import mobilenet
+from test_counting import mobilenet
 
 from lottery_flow import models
 from lottery_flow.models.fixup import FixupBlock
