@@ -62,8 +62,9 @@ def load(spec: Spec, data_dir: str = "") -> Arrays:
         is not what `spec` says (number or shape of images, range of labels).
     """
     directory = data_directory(data_dir)
-    with _without_tfds_warnings():
-        builder = _prepared_builder(spec, directory)
+    with without_tfds_warnings():
+        builder = prepared_builder(spec.name, directory)
+        _check_sizes(builder, spec, directory)
         info = (builder.data_path / "dataset_info.json").read_bytes()
         cache = _cache_path(directory, f"{spec.name}-{builder.version}.npz")
         arrays = _read_cache(cache, info, spec) if cache else None
@@ -102,22 +103,32 @@ def wrong_format(builder: Any, directory: str) -> UserError:
     )
 
 
-def _prepared_builder(spec: Spec, directory: str) -> Any:
-    """TFDS's builder of a data set that is there and has the right size."""
+def prepared_builder(name: str, directory: str) -> Any:
+    """TFDS's builder of a data set that is there.
+
+    Raises:
+      UserError: it is not there, or TFDS does not know it.
+    """
     import tensorflow_datasets as tfds  # half a second, and `digits` does without
 
-    builder = tfds.builder(spec.name, data_dir=directory)
+    try:
+        builder = tfds.builder(name, data_dir=directory)
+    except tfds.core.DatasetNotFoundError as error:
+        raise UserError(f"TFDS knows no data set {name!r}; write its name.") from error
     if not builder.is_prepared():
         raise UserError(
-            f"Data set {spec.name!r} was not found in {directory}: run"
-            f" `{prepare_command(spec.name, directory)}`, or set --config.data.dir to"
+            f"Data set {name!r} was not found in {directory}: run"
+            f" `{prepare_command(name, directory)}`, or set --config.data.dir to"
             " the directory that has it."
         )
+    return builder
+
+
+def _check_sizes(builder: Any, spec: Spec, directory: str) -> None:
     found = {name: split.num_examples for name, split in builder.info.splits.items()}
     expected = {"train": spec.n_train, "test": spec.n_test}
     if found != expected:
         raise _unusable(builder, directory, f"has {found} images, not {expected}")
-    return builder
 
 
 def _decode(builder: Any, spec: Spec, directory: str) -> Arrays:
@@ -215,7 +226,7 @@ def _write_cache(path: Path, info: bytes, arrays: Arrays) -> None:
 
 
 @contextmanager
-def _without_tfds_warnings() -> Iterator[None]:
+def without_tfds_warnings() -> Iterator[None]:
     """Holds back two warnings: no OpenCV (Pillow does), and what `load` itself says."""
     held_back = ("OpenCV is not installed", "Variant folder")
 
