@@ -30,7 +30,8 @@ def build(config: ConfigDict, seed: int) -> Job:
       UserError: a field that makes no sense.
     """
     check.fields(config)
-    spec = data.DATASETS[config.data.name].spec
+    source = data.find(config.data.name, config.data.dir, config.data.image_size)
+    spec = source.spec
     model = _model(config, spec)
     key = jax.random.key(seed)
     shapes = jax.eval_shape(model.init, key)["params"]
@@ -54,7 +55,9 @@ def build(config: ConfigDict, seed: int) -> Job:
         data_seed=seed if config.data.order_seed < 0 else config.data.order_seed,
         model=model,
         spec=spec,
-        load_data=lambda: data.DATASETS[config.data.name].load(config.data.dir),
+        load_data=lambda: source.load(config.data.dir),
+        workers=config.data.workers,
+        label_smoothing=config.loss.label_smoothing,
         rule=_rule(config, shapes, fraction),
         make_method=make_method,
         knobs={k: np.float32(v) for k, v in knobs.items()},
@@ -99,7 +102,8 @@ def layers(config: ConfigDict) -> Layers:
       UserError: a field that makes no sense.
     """
     check.fields(config)
-    model = _model(config, data.DATASETS[config.data.name].spec)
+    source = data.find(config.data.name, config.data.dir, config.data.image_size)
+    model = _model(config, source.spec)
     params = jax.eval_shape(model.init, jax.random.key(0))["params"]
     shapes = {k: v.shape for k, v in masks_lib.layers(params).items()}
     sizes = {k: math.prod(shape) for k, shape in shapes.items()}
@@ -149,6 +153,11 @@ def _decay(config) -> optax.Schedule:
     warmup = config.optim.warmup_steps
     if config.optim.schedule == "constant":
         after = optax.constant_schedule(1.0)
+    elif config.optim.schedule == "step":
+        factor = config.optim.decay_factor
+        after = optax.piecewise_constant_schedule(
+            1.0, {step - warmup: factor for step in config.optim.milestone_steps}
+        )
     else:
         after = optax.cosine_decay_schedule(1.0, _schedule_steps(config) - warmup)
     if not warmup:

@@ -4,6 +4,7 @@ Each names the field, its value and what to write instead. `build` calls this be
 anything is computed or written.
 """
 
+import itertools
 import re
 from collections.abc import Collection
 
@@ -26,7 +27,9 @@ def fields(config: ConfigDict) -> None:
             f"name={config.name!r} cannot name a directory; give letters, digits, "
             "dots, dashes and underscores, the first no dot or dash"
         )
-    _known("data.name", config.data.name, data.DATASETS)
+    _at_least("data.image_size", config.data.image_size, 0)
+    _at_least("data.workers", config.data.workers, 0)
+    spec = data.find(config.data.name, config.data.dir, config.data.image_size).spec
     _known("model.name", config.model.name, models.MODELS)
     _known("model.init", config.model.init, initializers.INITIALIZERS)
     _known("model.lowering", config.model.lowering, models.LOWERINGS)
@@ -45,7 +48,22 @@ def fields(config: ConfigDict) -> None:
                     "no such choice; leave it out, or take another init"
                 )
     _known("optim.name", config.optim.name, OPTIMIZERS)
-    _known("optim.schedule", config.optim.schedule, ("cosine", "constant"))
+    _known("optim.schedule", config.optim.schedule, ("cosine", "constant", "step"))
+    milestones = tuple(config.optim.milestone_steps)
+    if bool(milestones) != (config.optim.schedule == "step"):
+        raise UserError(
+            f"optim.milestone_steps={milestones}: optim.schedule="
+            f"{config.optim.schedule!r} needs {'none' if milestones else 'some'}"
+        )
+    first = config.optim.warmup_steps + 1
+    if any(type(s) is not int for s in milestones) or any(
+        b <= a for a, b in itertools.pairwise((first - 1, *milestones))
+    ):
+        raise UserError(
+            f"optim.milestone_steps={milestones}: give rising numbers from {first}"
+        )
+    _above("optim.decay_factor", config.optim.decay_factor, 0.0)
+    _fraction("loss.label_smoothing", config.loss.label_smoothing)
     _above("optim.learning_rate", config.optim.learning_rate, 0.0)
     _at_least("optim.weight_decay", config.optim.weight_decay, 0.0)
     _fraction("optim.momentum", config.optim.momentum)
@@ -115,7 +133,7 @@ def fields(config: ConfigDict) -> None:
                 f"sparsity.masks_from={sparsity.masks_from!r}: gradual pruning starts "
                 "from full masks; leave it empty"
             )
-    n_train = data.DATASETS[config.data.name].spec.n_train
+    n_train = spec.n_train
     drops = sparsity.rule not in ("static", "gradual_pruning")
     grow = sparsity.grow_examples if drops else 0
     if train.probe_examples + grow > n_train:

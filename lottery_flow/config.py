@@ -12,6 +12,8 @@ Durations are in steps (optimizer updates). An empty string, and -1 for a durati
 mean "not given".
 """
 
+import math
+
 from ml_collections import ConfigDict
 
 from lottery_flow.errors import UserError
@@ -48,10 +50,16 @@ def default() -> ConfigDict:
                 "init_gain": 0.0,  # variance times fan; 0 is the init's own
             },
             "data": {
-                # digits comes with scikit-learn; the others through TFDS:
-                # mnist, fashion_mnist, cifar10, cifar100.
+                # In memory: digits, which comes with scikit-learn, and through TFDS
+                # mnist, fashion_mnist, cifar10, cifar100. Decoded on the way: any
+                # other of TFDS (imagenet2012, imagenette/160px-v2), folder:DIR with
+                # DIR/<train, val or test>/<class>/ of image files, synthetic noise.
                 "name": "digits",
                 "dir": "",  # of TFDS; '' is TFDS_DATA_DIR or its own default
+                # Height and width for the network of what is decoded on the way; 0:
+                # 224. Processes that decode; 0: threads of the one that trains.
+                "image_size": 0,
+                "workers": 0,
                 # Seed of the order of the examples; -1 is the run's own. One order
                 # for several members lets them share the work on their batches.
                 "order_seed": -1,
@@ -61,7 +69,11 @@ def default() -> ConfigDict:
                 # momentum: v = m v + g, w -= lr v; adam; adamw.
                 "name": "keras_momentum",
                 "learning_rate": 0.05,
-                "schedule": "cosine",  # cosine (to zero), constant
+                # cosine (to zero), constant, or step: times decay_factor at each of
+                # milestone_steps.
+                "schedule": "cosine",
+                "milestone_steps": (),
+                "decay_factor": 0.1,
                 # Steps until the schedule's end, which a run may stop short of;
                 # 0: train.total_steps.
                 "schedule_steps": 0,
@@ -71,6 +83,10 @@ def default() -> ConfigDict:
                 # The gradient of a kernel grows by weight_decay * w (adamw: the
                 # step does). Keras' l2(c) adds c w^2 to the loss: write 2 c.
                 "weight_decay": 0.0,
+            },
+            "loss": {
+                # The share of the target that is spread evenly over all classes.
+                "label_smoothing": 0.0,
             },
             "sparsity": {
                 # static, set, rigl, rigl_inverted, gradual_pruning.
@@ -153,21 +169,80 @@ def paper_mlp(name: str) -> ConfigDict:
     return config
 
 
+def paper_resnet50(name: str) -> ConfigDict:
+    """ResNet-50 on ImageNet with the settings of the released code, dense."""
+    config = default()
+    config.name = name
+    config.model.name = "resnet50"
+    config.model.init = "module"
+    config.data.name = "imagenet2012"
+    config.data.workers = 16
+    config.optim.name = "momentum"
+    config.optim.nesterov = True
+    config.optim.learning_rate = 1.6  # 0.1 for each 256 images of the batch
+    config.optim.schedule = "step"
+    # Epochs 30, 70 and 90 of 1,281,167 images.
+    config.optim.milestone_steps = (9383, 21_894, 28_150)
+    config.optim.weight_decay = 1e-4
+    config.loss.label_smoothing = 0.1
+    config.sparsity.end_steps = 25_000
+    config.sparsity.drop_schedule = "cosine"
+    config.sparsity.grow_examples = 0
+    config.train.total_steps = 32_000
+    config.train.batch_size = 4096
+    config.train.checkpoint_every_steps = 1000
+    config.train.keep_checkpoints = 3
+    config.eval.every_steps = 1000
+    return config
+
+
 def finish(config: ConfigDict, arg: str = "") -> ConfigDict:
     """Applies the config's argument and locks the fields.
 
     Args:
       config: all fields set.
-      arg: '' or 'smoke', which shrinks the run to seconds on the digits data.
+      arg: words with commas between them: `smoke` shrinks the run to seconds on the
+        digits or on noise; `sparsity=0.9` and `distribution=erdos_renyi_kernel` are
+        the fields of that name; `length=5` trains five times as long, with all
+        milestones and the steps between which masks change, but not their interval.
     """
-    if arg not in ("", "smoke"):
-        raise UserError(
-            f"--config: the argument {arg!r} after the colon is unknown; write smoke"
-        )
-    if arg == "smoke":
-        _shrink(config)
+    words = [word for word in arg.split(",") if word]
+    for word in sorted(words, key="smoke".__eq__):  # what is long is shrunk last
+        key, _, value = word.partition("=")
+        if word == "smoke":
+            _shrink(config)
+        elif key == "distribution" and value:
+            config.sparsity.distribution = value
+        elif key == "sparsity" and _is_number(value):
+            config.sparsity.sparsity = float(value)
+        elif key == "length" and _is_number(value) and float(value) > 0:
+            _stretch(config, float(value))
+        else:
+            raise UserError(
+                f"--config: {word!r} after the colon is unknown; write smoke, "
+                "sparsity=0.9, distribution=erdos_renyi_kernel or length=5"
+            )
     config.lock()
     return config
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _stretch(config: ConfigDict, factor: float) -> None:
+    """All steps of the schedules but the interval between rewires."""
+    optim, sparsity = config.optim, config.sparsity
+    config.train.total_steps = round(config.train.total_steps * factor)
+    optim.schedule_steps = round(optim.schedule_steps * factor)
+    optim.warmup_steps = round(optim.warmup_steps * factor)
+    optim.milestone_steps = tuple(round(s * factor) for s in optim.milestone_steps)
+    sparsity.begin_steps = round(sparsity.begin_steps * factor)
+    if sparsity.end_steps > 0:
+        sparsity.end_steps = round(sparsity.end_steps * factor)
 
 
 def gradual_pruning(config: ConfigDict, sparsity: float) -> ConfigDict:
@@ -181,7 +256,15 @@ def gradual_pruning(config: ConfigDict, sparsity: float) -> ConfigDict:
 
 
 def _shrink(config: ConfigDict) -> None:
-    config.data.name = "digits"
+    if config.data.name == "imagenet2012":
+        config.data.name = "synthetic"
+        config.data.image_size = 32
+        config.data.workers = 0
+        config.model.width = 1 / 16
+        config.eval.batch_size = 500
+        config.optim.milestone_steps = (4, 8)
+    else:
+        config.data.name = "digits"
     config.data.dir = ""
     config.train.total_steps = 12
     config.train.batch_size = 32

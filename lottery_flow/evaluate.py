@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
+import jax
+
 from lottery_flow.population import Population
 from lottery_flow.steps import Batch
 
@@ -17,9 +19,15 @@ def evaluate(
       state: of the population.
       batches: of one shape, the last one padded with examples of weight 0.
     """
-    # Dispatch all batches before the first read, and add on the host in float64.
-    dispatched = [population.evaluate(state, batch) for batch in batches]
-    by_batch = [population.split(sums) for sums in dispatched]
+    # Each is read when the next one is on its way, so that neither the device waits nor
+    # all batches must fit on it at once; added on the host in float64.
+    by_batch, before = [], None
+    for batch in batches:
+        dispatched = population.evaluate(state, batch)
+        if before is not None:
+            by_batch.append(jax.device_get(population.split(before)))
+        before = dispatched
+    by_batch.append(jax.device_get(population.split(before)))
     means = []
     for sums in zip(*by_batch, strict=True):
         total = {k: sum(float(s[k]) for s in sums) for k in ("loss", "hits", "weight")}

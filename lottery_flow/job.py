@@ -13,6 +13,7 @@ from lottery_flow import data, models
 from lottery_flow.sparsity.masks import Masks
 from lottery_flow.sparsity.rules import Rule
 from lottery_flow.sparsity.transform import sparsify
+from lottery_flow.steps import Steps, make_steps
 
 
 class Job(NamedTuple):
@@ -25,6 +26,8 @@ class Job(NamedTuple):
       model: see `models.Model`.
       spec: of the data set.
       load_data: reads it.
+      workers: processes that decode images, where they are not in memory.
+      label_smoothing: share of the target that is spread over all classes.
       rule: how the topology changes.
       make_method: `(knobs) -> (optimizer, rule)`; the knobs may be traced.
       knobs: float32 scalars that members may differ in, {} of `learning_rate` (the
@@ -43,7 +46,9 @@ class Job(NamedTuple):
     data_seed: int
     model: models.Model
     spec: data.Spec
-    load_data: Callable[[], data.Arrays]
+    load_data: Callable[[], data.Dataset]
+    workers: int
+    label_smoothing: float
     rule: Rule
     make_method: Callable
     knobs: dict[str, Any]
@@ -64,6 +69,12 @@ class Job(NamedTuple):
     population: str
     member_devices: int
     chunk_steps: int
+
+    def make_steps(self) -> Steps:
+        """What is done to a network of this run, see `steps`."""
+        spec, apply = self.spec, self.model.apply
+        own = self.make_method, spec.mean, spec.std, self.label_smoothing
+        return make_steps(apply, *own)
 
     def make_tx(self, masks: Masks, key: Any, knobs: dict[str, Any]):
         """The transformation of `make_method`, see `sparsify`."""

@@ -1,7 +1,6 @@
 """The host loop: step, log, evaluate, save; for all members of a population at once."""
 
 import logging
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +10,13 @@ from lottery_flow import checkpoint, metrics
 from lottery_flow.data import arrays
 from lottery_flow.errors import UserError
 from lottery_flow.evaluate import evaluate
+from lottery_flow.feed import Data
 from lottery_flow.job import Job
 from lottery_flow.metrics import Row, check_finite
 from lottery_flow.population import Population
 from lottery_flow.progress import Progress
 from lottery_flow.runs import Fields, RunPaths
 from lottery_flow.state import TrainState
-from lottery_flow.steps import Batch
 
 _LOG = logging.getLogger(__name__)
 
@@ -41,32 +40,6 @@ class Run(NamedTuple):
     job: Job
     paths: RunPaths
     record: Fields
-
-
-class Data(NamedTuple):
-    """What is on the devices all the time."""
-
-    train: Batch
-    probe: Batch
-    grow: Batch | None
-    test: list[Batch]
-
-    @classmethod
-    def of(cls, job: Job, dataset: arrays.Arrays, place: Callable) -> "Data":
-        """Puts a data set where `place` does, cut as the job says."""
-        images, labels = dataset.train_images, dataset.train_labels
-        n_probe, n_grow = job.probe_examples, job.grow_examples
-        test = dataset.test_images, dataset.test_labels
-
-        def examples(start, end):
-            return place({"image": images[start:end], "label": labels[start:end]})
-
-        return cls(
-            train=examples(0, len(labels)),
-            probe=examples(0, n_probe),
-            grow=examples(n_probe, n_probe + n_grow) if n_grow else None,
-            test=[place(b) for b in arrays.padded_batches(*test, job.eval_batch_size)],
-        )
 
 
 class Loop(NamedTuple):
@@ -97,11 +70,18 @@ class Loop(NamedTuple):
         if start == 0:
             self._record(state, 0, None)
             self._save(state)
-        pending, done = None, start
+        pending: tuple[Any, int] | None = None
+        done = start
+        streamed = self.data.stream
+        batches = None if streamed is None else streamed(start)
         while done < job.total_steps and len(self.failed) < len(self.members):
             begin, end = done, self._end(done)
             rewires = bool(self.rewires[begin])
-            args = self.knobs, self.data.train, self._indices(begin, end)
+            if batches is not None:
+                examples = next(batches), None
+            else:
+                examples = self.data.train, self._indices(begin, end)
+            args = self.knobs, *examples
             before = None
             if rewires:
                 state, measured, before = self.population.rewire(
@@ -163,6 +143,9 @@ class Loop(NamedTuple):
     def _probe(self, state) -> list[Any]:
         return self._of_members(self.population.probe(state, self.data.probe))
 
+    def _evaluate(self, state) -> list[dict[str, float]]:
+        return evaluate(self.population, state, self.data.test())
+
     def _check(self, measured: Any, begin: int, saved: int | None) -> None:
         """Looks for losses that are not finite; `begin` updates came before."""
         # The losses alone: this is fetched at every step.
@@ -221,7 +204,9 @@ class Loop(NamedTuple):
             nothing if measured is None else self._of_members(measured),
             nothing if before is None else self._probe(before),
             self._probe(state),
-            evaluate(self.population, state, self.data.test) if evaluates else nothing,
+            evaluate(self.population, state, self.data.test())
+            if evaluates
+            else nothing,
             strict=True,
         )
         rows = []

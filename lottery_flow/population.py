@@ -54,8 +54,8 @@ class Population(NamedTuple):
       join: `(members' states or knobs) -> those of the population`.
       split: `(state or metrics of the population) -> [those of each member]`.
       place: `(data) -> data` on the devices of the population.
-      train: as `Steps.train`, for all members; `indices` int32 [s b], or [b] where the
-        batches are shared.
+      train: as `Steps.train`, for all members; `indices` int32 [s b], or [b] or None
+        where the batches are shared.
       chunk: the same for n steps; `indices` has an axis n before the others, and so
         have the metrics of each member.
       rewire: as `Steps.rewire`; `grow` is the same for all members.
@@ -128,7 +128,7 @@ def one_by_one(steps: Steps, *, shared: bool = False) -> Population:
 
     def advance(step, axis, states, knobs, data, indices, *grow):
         # On the device, so that the same batch is sent once for all.
-        split = [jnp.asarray(indices)] * len(states) if shared else None
+        split = [jax.tree.map(jnp.asarray, indices)] * len(states) if shared else None
         own = split or [indices.take(i, axis) for i in range(len(states))]
         done = [
             step(*each, data, batch, *grow)

@@ -20,6 +20,7 @@ from lottery_flow.errors import UserError
 UNHASHED = (
     "name",
     "data.dir",
+    "data.workers",
     "model.lowering",
     "train.chunk_steps",
     "train.member_devices",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from lottery_flow import checkpoint, population, runs, train
+from lottery_flow import checkpoint, data, feed, population, runs, train
 from lottery_flow import config as config_lib
 from lottery_flow.analysis import batches as batches_lib
 from lottery_flow.analysis import objective as objective_lib
@@ -18,12 +18,11 @@ from lottery_flow.analysis.batches import Batches
 from lottery_flow.analysis.objective import Objective
 from lottery_flow.build import build, flat_fields
 from lottery_flow.checkpoint import Network
-from lottery_flow.data import arrays
 from lottery_flow.errors import UserError
 from lottery_flow.job import Job
-from lottery_flow.loop import Data, Run
+from lottery_flow.loop import Run
 from lottery_flow.sparsity.rules import is_rewire
-from lottery_flow.steps import Batch, make_steps, normalize
+from lottery_flow.steps import Batch, normalize
 
 
 class Study(NamedTuple):
@@ -74,12 +73,13 @@ class Study(NamedTuple):
         spec = self.job.spec
         if not self.network.batch_stats:
             own = self.job.model.apply, spec.mean, spec.std, norms, weight_decay
-            return _objective_without_statistics(*own)
+            return _objective_without_statistics(*own, self.job.label_smoothing)
         return objective_lib.classification(
             self.job.model.apply,
             self.network.batch_stats,
             norms=norms,
             weight_decay=weight_decay,
+            label_smoothing=self.job.label_smoothing,
             preprocess=self.preprocess,
         )
 
@@ -91,23 +91,24 @@ class Study(NamedTuple):
 
     def train_batches(self, examples: int, batch_size: int) -> Batches:
         """The first training images, in the order of the data set; 0: all of them."""
-        data = _load(self)
-        n, most = examples or len(data.train_labels), len(data.train_labels)
+        most = self.job.spec.n_train
+        n = examples or most
         if n > most:
             raise UserError(
                 f"--examples={n}: the data set has {most} training images; give at "
                 "most as many, or 0 for all"
             )
-        return _batches(data.train_images[:n], data.train_labels[:n], batch_size)
+        return _batches(data.examples(_load(self), "train", 0, n), batch_size)
 
     def test_batches(self, batch_size: int) -> Batches:
         """All test images."""
-        data = _load(self)
-        return _batches(data.test_images, data.test_labels, batch_size)
+        n = self.job.spec.n_test
+        return _batches(data.examples(_load(self), "test", 0, n), batch_size)
 
     def check_same_model(self, other: "Study") -> None:
         """Raises UserError unless the other run has the same model and data set."""
-        for field in ("model.name", "model.widths", "data.name"):
+        same = "model.name", "model.widths", "model.width", "model.norm"
+        for field in (*same, "data.name", "data.image_size"):
             mine, theirs = (flat_fields(s.config)[field] for s in (self, other))
             if mine != theirs:
                 raise UserError(
@@ -163,17 +164,14 @@ def next_rewire(study: Study) -> tuple[int, Network, Network]:
         )
     last = int(due[due >= start][0])  # updates before the one that rewires
     state = train.start(study.run, start, train.creation(job))
-    steps = make_steps(job.model.apply, job.make_method, job.spec.mean, job.spec.std)
+    steps = job.make_steps()
     pop = population.make(steps, 1, way="auto", n_devices=1, shared=True)
     state, knobs = pop.join([state]), pop.join([job.knobs])
-    data = Data.of(job, _load(study), pop.place)
-
-    def indices(t):
-        return arrays.batch_indices(job.data_seed, t, job.spec.n_train, job.batch_size)
-
-    for t in range(start, last):
-        state, _ = pop.train(state, knobs, data.train, indices(t))
-    state, _, before = pop.rewire(state, knobs, data.train, indices(last), data.grow)
+    own = feed.Data.of(job, _load(study), pop.place)
+    examples = feed.steps(job, own, start)
+    for _ in range(start, last):
+        state, _ = pop.train(state, knobs, *next(examples))
+    state, _, before = pop.rewire(state, knobs, *next(examples), own.grow)
 
     def network(state):
         own = pop.split(state)[0]
@@ -197,27 +195,29 @@ def _config(path: Path, record: dict[str, Any]) -> ConfigDict:
 
 
 @functools.lru_cache(maxsize=32)
-def _objective_without_statistics(apply, mean, std, norms, weight_decay) -> Objective:
+def _objective_without_statistics(
+    apply, mean, std, norms, weight_decay, label_smoothing
+) -> Objective:
     return objective_lib.classification(
         apply,
         {},
         norms=norms,
         weight_decay=weight_decay,
+        label_smoothing=label_smoothing,
         preprocess=functools.partial(normalize, mean=mean, std=std),
     )
 
 
 @functools.lru_cache(maxsize=4)
-def _arrays(name: str, directory: str) -> arrays.Arrays:
-    from lottery_flow import data
-
-    return data.DATASETS[name].load(directory)
+def _dataset(name: str, directory: str, image_size: int) -> data.Dataset:
+    return data.find(name, directory, image_size).load(directory)
 
 
-def _load(study: Study) -> arrays.Arrays:
-    return _arrays(study.config.data.name, study.config.data.dir)
+def _load(study: Study) -> data.Dataset:
+    own = study.config.data
+    return _dataset(own.name, own.dir, own.image_size)
 
 
-def _batches(images, labels, batch_size: int) -> Batches:
-    batch: Batch = {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
-    return batches_lib.split(batch, batch_size)
+def _batches(examples: Batch, batch_size: int) -> Batches:
+    on_device = {k: jnp.asarray(v) for k, v in examples.items()}
+    return batches_lib.split(on_device, batch_size)

@@ -17,15 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lottery_flow import checkpoint, metrics, population, runs
+from lottery_flow import checkpoint, data, metrics, population, runs
 from lottery_flow.errors import UserError
+from lottery_flow.feed import Data
 from lottery_flow.job import Job
-from lottery_flow.loop import Data, Loop, Result, Run
+from lottery_flow.loop import Loop, Result, Run
 from lottery_flow.progress import Progress
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.sparsity.rules import is_rewire
 from lottery_flow.state import TrainState, create
-from lottery_flow.steps import make_steps
 
 _LOG = logging.getLogger(__name__)
 
@@ -93,8 +93,14 @@ def _train(
     job = members[0].job
     create_fn = creation(job)  # compiled once for all members
     states = [start(run, step, create_fn) for run in members]
-    steps = make_steps(job.model.apply, job.make_method, job.spec.mean, job.spec.std)
+    steps = job.make_steps()
     shared = len({run.job.data_seed for run in members}) == 1
+    streamed = isinstance(dataset, data.Images)
+    if streamed and not shared:
+        raise UserError(
+            f"data.name={job.spec.name!r} is decoded on the way, so all members need "
+            "the same batches; give one data.order_seed, for instance 0"
+        )
     pop = population.make(
         steps,
         len(members),
@@ -137,7 +143,7 @@ def _train(
             progress,
             sizes={k: v.size for k, v in masks_lib.layers(states[0].params).items()},
             knobs=pop.join([run.job.knobs for run in members]),
-            chunk=population.chunk_steps(job.chunk_steps),
+            chunk=1 if streamed else population.chunk_steps(job.chunk_steps),
             rewires=table(partial(is_rewire, job.rule), job),
             learning_rate=[table(run.job.learning_rate, job) for run in members],
             failed={},

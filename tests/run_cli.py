@@ -113,7 +113,11 @@ def in_process(*args: str, module: types.ModuleType = main) -> Outcome:
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         patch.setattr(sys, "argv", ["command", *args])
-        patch.setattr(flags, "FLAGS", flags.FlagValues())
+        own = flags.FlagValues()
+        for name in flags.FLAGS:  # which grain looks at
+            if name.startswith("grain"):
+                own[name] = flags.FLAGS[name]
+        patch.setattr(flags, "FLAGS", own)
         patch.setattr(command, "app", types.SimpleNamespace(run=_run))
         try:
             module.cli()

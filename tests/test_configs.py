@@ -12,6 +12,7 @@ import run_cli
 
 from lottery_flow import checkpoint, data, metrics
 from lottery_flow.build import build
+from lottery_flow.errors import UserError
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.state import create
 from lottery_flow.steps import make_steps
@@ -91,6 +92,40 @@ def test_hyper_parameters_of_the_paper(name):
         assert sparsity.rule == "static"
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "resnet50" in name])
+def test_hyper_parameters_for_imagenet(name):
+    config = get_config(name)
+    assert (config.train.total_steps, config.train.batch_size) == (32_000, 4096)
+    optim, sparsity = config.optim, config.sparsity
+    assert (optim.name, optim.nesterov, optim.momentum) == ("momentum", True, 0.9)
+    assert optim.weight_decay == 1e-4
+    assert config.loss.label_smoothing == 0.1
+    rate = build(config, 0).learning_rate
+    epoch = 1_281_167 / 4096
+    for step, expected in ((0, 1.6), (30, 0.16), (70, 0.016), (90, 0.0016)):
+        found = np.asarray([rate(round(step * epoch) + i) for i in (-2, 2)])
+        before = expected if step == 0 else expected * 10
+        np.testing.assert_allclose(found, [before, expected], rtol=1e-6)
+    if name.startswith(RULES):
+        assert (sparsity.begin_steps, sparsity.end_steps) == (0, 25_000)
+        assert (sparsity.interval_steps, sparsity.drop_fraction) == (100, 0.3)
+
+
+def test_arguments_of_a_config():
+    config = get_config("rigl_resnet50", "sparsity=0.9,distribution=uniform,length=5")
+    assert (config.sparsity.sparsity, config.sparsity.distribution) == (0.9, "uniform")
+    assert config.train.total_steps == 160_000
+    assert config.optim.milestone_steps == (46_915, 109_470, 140_750)
+    assert (config.sparsity.end_steps, config.sparsity.interval_steps) == (125_000, 100)
+    pruned = get_config("prune_lenet5", "length=2")
+    assert (pruned.sparsity.begin_steps, pruned.sparsity.end_steps) == (6000, 14_000)
+    both = get_config("rigl_resnet50", "smoke,length=5")
+    assert both.train.total_steps == 12
+    for wrong in ("small", "sparsity=much", "length=0", "sparsity", "length=nan"):
+        with pytest.raises(UserError, match=f"'{wrong}' after the colon is unknown"):
+            get_config("rigl_lenet5", wrong)
+
+
 @pytest.mark.parametrize("network", ["lenet5", "mlp"])
 def test_the_ticket_takes_masks_of_the_end_and_weights_of_the_start(network):
     config = get_config(f"lottery_{network}")
@@ -130,6 +165,7 @@ def test_the_full_size_builds_without_data(name):
     small = {"small_dense_lenet5": 2_399, "small_dense_mlp": 6_442}
     n_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     whole = {"lenet5": 44_426, "mlp": 266_610, "quickstart": 44_426}
+    whole["resnet50"] = 25_557_032
     assert n_parameters == small.get(name, whole[name.split("_")[-1]])
     assert measured["loss"].shape == ()
     n_masks = len(jax.tree.leaves(state.opt_state.masks))
@@ -158,8 +194,10 @@ def smoked(tmp_path_factory):
     return get
 
 
-# Others of LeNet-5 differ from these as those of the MLP do.
-SMOKED = [n for n in NAMES if not re.match("(dense|small|set|rigl_inv).*lenet5", n)]
+# Others of LeNet-5 differ from these as those of the MLP do; a ResNet-50 takes minutes
+# to compile.
+LEFT_OUT = "(dense|small|set|rigl_inv).*lenet5|dense_resnet50"
+SMOKED = [name for name in NAMES if not re.match(LEFT_OUT, name)]
 
 
 @pytest.mark.parametrize("name", SMOKED)
@@ -173,7 +211,7 @@ def test_smoke_runs_to_its_end(smoked, name):
     model = name.split("_")[-1]
     if "dense" in name:
         assert not jax.tree.leaves(network.masks)
-    elif name != "quickstart":
+    elif model in N_ACTIVE:
         assert sum(counts.values()) == N_ACTIVE[model]
         assert (
             sum(v.size for v in masks_lib.layers(network.params).values())

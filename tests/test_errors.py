@@ -76,6 +76,24 @@ BEFORE_TRAINING = [
     ("widths_count", "dense_lenet5", {"model__widths": "(6,16)"}, "widths=.*6, 16"),
     ("widths_zero", "dense_mlp", {"model__widths": "(8,0)"}, "widths=.*8, 0"),
     ("widths_float", "dense_mlp", {"model__widths": "(8.5,8)"}, "widths=.*8.5"),
+    (
+        "milestones",
+        "dense_mlp",
+        {"optim__milestone_steps": "(3,)"},
+        r"milestone_steps=\(3,\).*'cosine' needs none",
+    ),
+    (
+        "falling_milestones",
+        "dense_resnet50",
+        {"optim__milestone_steps": "(30,20)"},
+        r"milestone_steps=\(30, 20\): give rising",
+    ),
+    (
+        "smoothing",
+        "dense_mlp",
+        {"loss__label_smoothing": 1.0},
+        r"label_smoothing=1\.0: give a fraction",
+    ),
     ("width", "dense_mlp", {"model__width": 0.5}, r"width=0\.5: mlp has no"),
     ("norm", "dense_lenet5", {"model__norm": "layer"}, "norm='layer'.*fixup"),
     (

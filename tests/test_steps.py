@@ -10,12 +10,13 @@ import pytest
 import run_cli
 
 from lottery_flow import population
+from lottery_flow.analysis import objective
 from lottery_flow.data import arrays
 from lottery_flow.evaluate import evaluate
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.sparsity.transform import rewire_network, sparsify
 from lottery_flow.state import create
-from lottery_flow.steps import make_steps, normalize
+from lottery_flow.steps import cross_entropy, make_steps, normalize
 
 
 @pytest.fixture(autouse=True)
@@ -296,3 +297,40 @@ def test_a_run_that_stops_short_follows_the_schedule_of_the_whole_one(drop):
             assert short.drop_fraction(step) == whole.drop_fraction(step)
         assert short.learning_rate(9) > 2 * alone.learning_rate(9)
         assert short.drop_fraction(9) > 2 * alone.drop_fraction(9)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_smoothed_targets_are_spread_over_all_classes(smoothing):
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, 5, 6), jnp.int32)
+    targets = np.eye(5)[labels] * (1 - smoothing) + smoothing / 5
+    log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    expected = -np.sum(targets * log_p, axis=1)
+    found = cross_entropy(logits, labels, smoothing)
+    np.testing.assert_allclose(found, expected.mean(), rtol=1e-6)
+    by_example = objective.cross_entropy(logits, {"label": labels}, smoothing)
+    np.testing.assert_allclose(by_example, expected, rtol=1e-6)
+
+
+def test_a_run_trains_on_smoothed_targets_and_evaluates_on_plain_ones():
+    """Told apart by a network that is sure of what it says."""
+    job = run_cli.small_job(loss__label_smoothing=0.2)
+    network = job.make_network()
+    sure = jax.tree.map(lambda p: 30 * p, network.params)
+    tx = job.make_tx(network.masks, job.rewire_key, job.knobs)
+    state = create(tx, sure, network.batch_stats, job.step_key)
+    digits_ = job.load_data()
+    images, labels = digits_.train_images[:50], digits_.train_labels[:50]
+    batch = {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
+    steps = job.make_steps()
+    probed = steps.probe(state, batch)["probe_loss"]
+    sums = steps.evaluate(state, batch | {"weight": jnp.ones(50, jnp.float32)})
+    normal = normalize(batch["image"], (0.0,), (1.0,))
+    logits, _ = job.model.apply(sure, {}, normal, False)
+    log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    plain = -log_p[np.arange(50), labels].mean()
+    np.testing.assert_allclose(sums["loss"] / 50, plain, rtol=1e-5)
+    expected = 0.8 * plain - 0.2 * log_p.mean()
+    np.testing.assert_allclose(probed, expected, rtol=1e-5)
+    assert abs(expected - plain) > 0.1

@@ -13,6 +13,7 @@ over images and the same however they are cut into batches. `'batch'` are those 
 batch, as in training: another cut is another loss.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,6 +53,7 @@ def classification(
     *,
     norms: str = "frozen",
     weight_decay: float = 0.0,
+    label_smoothing: float = 0.0,
     preprocess: Callable[[Any], Array] | None = None,
 ) -> Objective:
     """The mean cross-entropy of a model on batches of `image` and integer `label`.
@@ -64,6 +66,7 @@ def classification(
         both are the same.
       weight_decay: coefficient of half the squared L2 norm of all kernels (leaves of
         two dimensions or more); 0 leaves the penalty out, as the paper does.
+      label_smoothing: share of the target that is spread evenly over all classes.
       preprocess: makes model inputs of `batch["image"]`; the images themselves if None.
     """
     if norms not in ("frozen", "batch"):
@@ -78,13 +81,19 @@ def classification(
         return 0.5 * weight_decay * sum(jnp.sum(w * w) for w in kernels)
 
     separable = norms == "frozen" or not jax.tree.leaves(batch_stats)
-    return Objective(
-        logits, cross_entropy, penalty if weight_decay else None, separable
-    )
+    criterion = cross_entropy
+    if label_smoothing:
+        criterion = functools.partial(cross_entropy, label_smoothing=label_smoothing)
+    return Objective(logits, criterion, penalty if weight_decay else None, separable)
 
 
-def cross_entropy(logits: Float[Array, "b c"], batch: Any) -> Float[Array, " b"]:
+def cross_entropy(
+    logits: Float[Array, "b c"], batch: Any, label_smoothing: float = 0.0
+) -> Float[Array, " b"]:
     """Cross-entropy (nats) of each example with its `batch["label"]`, int [b]."""
     labels: Int[Array, " b"] = jnp.asarray(batch["label"])
     log_p = jax.nn.log_softmax(logits)
-    return -jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+    losses = -jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+    if not label_smoothing:
+        return losses
+    return (1 - label_smoothing) * losses - label_smoothing * jnp.mean(log_p, axis=1)

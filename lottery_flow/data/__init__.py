@@ -1,15 +1,16 @@
-"""Images in, batches out: data sets that fit in memory, as numpy arrays.
+"""Images in, batches out: data sets as numpy arrays, or decoded on the way.
 
-`DATASETS` maps a name to what is known without reading (`Spec`) and to the function
-that reads (`load`). No module here imports jax, and reading never imports TensorFlow;
-only `python -m lottery_flow.data.prepare` does.
+`DATASETS` maps the names of those that fit in memory to what is known without reading
+(`Spec`) and to the function that reads (`load`); `find` knows all others, too. No
+module here imports jax, and reading never imports TensorFlow; only
+`python -m lottery_flow.data.prepare` does.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
-from lottery_flow.data import digits, tfds_arrays
+from lottery_flow.data import digits, images, stream, tfds_arrays
 from lottery_flow.data.arrays import (
     Arrays,
     Spec,
@@ -17,19 +18,23 @@ from lottery_flow.data.arrays import (
     gather,
     padded_batches,
 )
+from lottery_flow.data.images import Images
+from lottery_flow.errors import UserError
+
+Dataset = Arrays | Images
 
 
 class Source(NamedTuple):
     """A data set that can be read.
 
     `load` takes the TFDS data directory ("" is TFDS's own default: the environment
-    variable TFDS_DATA_DIR, or else ~/tensorflow_datasets) and returns arrays that agree
-    with `spec`. It raises UserError where the data set is missing, damaged or other
-    than `spec` says.
+    variable TFDS_DATA_DIR, or else ~/tensorflow_datasets) and returns a data set that
+    agrees with `spec`. It raises UserError where the data set is missing, damaged or
+    other than `spec` says.
     """
 
     spec: Spec
-    load: Callable[[str], Arrays]
+    load: Callable[[str], Dataset]
 
 
 DATASETS: dict[str, Source] = {
@@ -40,12 +45,78 @@ DATASETS: dict[str, Source] = {
     },
 }
 
+
+# Height and width of images for the network, where nobody asks for another.
+_SIZE = 224
+
+
+def find(name: str, data_dir: str, image_size: int = 0) -> Source:
+    """A data set by its name.
+
+    Args:
+      name: in `DATASETS`; `synthetic`, which is noise; `folder:DIR`, a directory of
+        image files (`images.open_folder`); or any of TFDS, `imagenet2012`.
+      data_dir: where TFDS keeps its data sets, "" for TFDS's own default.
+      image_size: height and width for the network of those that are not in memory; 0:
+        224.
+
+    Raises:
+      UserError: no such data set, or one in memory is asked for another size. Of
+        `images.SIZES` the spec is known even where the data are not there.
+    """
+    if name in DATASETS:
+        if image_size:
+            raise UserError(
+                f"data.image_size={image_size}: {name} has images of one size; write 0"
+            )
+        return DATASETS[name]
+    size = image_size or _SIZE
+    try:
+        found = _open(name, data_dir, size)
+    except UserError:
+        if name not in images.SIZES:
+            raise
+        # Much can be said of it without the data; reading tells that they are missing.
+        spec = images.known_spec(name, size)
+        return Source(spec, lambda own_dir: _open(name, own_dir, size))
+    return Source(found.spec, lambda _: found)
+
+
+@lru_cache(maxsize=32)
+def _open(name: str, data_dir: str, size: int) -> Images:
+    if name == "synthetic":
+        return images.synthetic(size)
+    if name.startswith("folder:"):
+        return images.open_folder(name.removeprefix("folder:"), size)
+    return images.open_tfds(name, data_dir, size)
+
+
+def examples(dataset: Dataset, split: str, start: int, end: int) -> stream.Batch:
+    """Images and labels `start` to `end` - 1 of a split, in the data set's order.
+
+    Args:
+      dataset: where from.
+      split: "train" or "test".
+      start: the first example.
+      end: the example after the last one; more than there are is cut.
+    """
+    if isinstance(dataset, Images):
+        records = dataset.train if split == "train" else dataset.test
+        return stream.examples(dataset, records, start, end)
+    pixels, labels = dataset[:2] if split == "train" else dataset[2:]
+    return {"image": pixels[start:end], "label": labels[start:end]}
+
+
 __all__ = [
     "DATASETS",
     "Arrays",
+    "Dataset",
+    "Images",
     "Source",
     "Spec",
     "batch_indices",
+    "examples",
+    "find",
     "gather",
     "padded_batches",
 ]

@@ -92,6 +92,18 @@ def eval_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]
     return _resize(image, size, (left, top, left + side, top + side))
 
 
+# Number of classes, training and test images: known without the data.
+SIZES = {
+    "imagenet2012": (1000, 1_281_167, 50_000),
+    "imagenette/160px-v2": (10, 9469, 3925),
+}
+
+
+def known_spec(name: str, size: int) -> Spec:
+    """The spec of one of `SIZES`."""
+    return _spec(name, size, *SIZES[name])
+
+
 def open_tfds(name: str, data_dir: str, size: int) -> Images:
     """A data set of images and labels that TFDS has prepared, as encoded files.
 

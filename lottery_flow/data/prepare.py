@@ -22,7 +22,7 @@ def prepare(name: str, data_dir: str = "", download_dir: str = "") -> str:
     """Downloads one data set and writes it as ArrayRecord files.
 
     Args:
-      name: "mnist", "fashion_mnist", "cifar10" or "cifar100".
+      name: of TFDS, for instance "mnist" or "imagenette/160px-v2".
       data_dir: where to write; "" for TFDS's own default.
       download_dir: where to keep the downloads; "" for `<data_dir>/downloads`.
 
@@ -57,7 +57,8 @@ def prepare(name: str, data_dir: str = "", download_dir: str = "") -> str:
             download_config=tfds.download.DownloadConfig(try_download_gcs=False),
             file_format=array_record,
         )
-    except (OSError, tfds.download.DownloadError) as error:
+    except (AssertionError, OSError, tfds.download.DownloadError) as error:
+        # AssertionError: what has to be downloaded by hand is not there.
         raise UserError(
             f"Preparing {name!r} in {directory} failed ({error}): mend this and run the"
             " same command again."
@@ -76,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m lottery_flow.data.prepare",
         description="Downloads data sets and prepares them for reading.",
     )
-    parser.add_argument("names", nargs="+", metavar="NAME", help=", ".join(SPECS))
+    known = f"{', '.join(SPECS)}, or another of TFDS"
+    parser.add_argument("names", nargs="+", metavar="NAME", help=known)
     parser.add_argument("--data_dir", default="", help="default: as TFDS has it")
     parser.add_argument("--download_dir", default="", help="default: DIR/downloads")
     args = parser.parse_args(argv)
@@ -94,11 +96,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check_name(name: str) -> None:
     """Refuses what cannot be prepared."""
-    if name not in SPECS:
+    import tensorflow_datasets as tfds
+
+    try:
+        tfds.builder_cls(name)
+    except tfds.core.DatasetNotFoundError as error:
         raise UserError(
-            f"NAME must be one of {', '.join(SPECS)}, not {name!r} (digits needs no"
-            " preparing)."
-        )
+            f"NAME must be one that TFDS knows, {', '.join(SPECS)}, imagenet2012 or"
+            f" another, not {name!r} (digits needs no preparing)."
+        ) from error
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ crop, depends on the seed and on k alone. So a run that starts again at any step
 the batches that it would have seen, with any number of workers and of hosts.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,9 @@ Batch = dict[
 ]
 
 
+Stream = Generator[Batch, None, None]
+
+
 def train_batches(
     dataset: Images,
     *,
@@ -40,7 +43,7 @@ def train_batches(
     stop: int,
     shard: tuple[int, int] = (0, 1),
     n_workers: int = 0,
-) -> Iterator[Batch]:
+) -> Stream:
     """The training batches of steps `start` to `stop` - 1.
 
     Args:
@@ -65,7 +68,7 @@ def eval_batches(
     batch_size: int,
     shard: tuple[int, int] = (0, 1),
     n_workers: int = 0,
-) -> Iterator[Batch]:
+) -> Stream:
     """Every test example once and in order, with weight 1, then zeros with weight 0.
 
     The arguments are those of `train_batches`.
@@ -82,7 +85,7 @@ def examples(dataset: Images, records: Records, start: int, end: int) -> Batch:
     return _stack(dataset, [(crop(images_lib.decode(r["image"])), r) for r in found])
 
 
-def _batches(make: Callable, batch_size, start, stop, shard, n_workers):
+def _batches(make: Callable, batch_size, start, stop, shard, n_workers) -> Stream:
     """`make(first, size)` for the pieces of this host, joined to batches."""
     host, n_hosts = shard
     if batch_size % n_hosts:
@@ -100,7 +103,16 @@ def _batches(make: Callable, batch_size, start, stop, shard, n_workers):
             FLAGS.mark_as_parsed()
         workers = grain.MultiprocessingOptions(n_workers, per_worker_buffer_size=2)
         stream = stream.mp_prefetch(workers)
-    return iter(stream.batch(n_pieces, batch_fn=_join))
+    return _closed_at_its_end(stream.batch(n_pieces, batch_fn=_join))
+
+
+def _closed_at_its_end(batches: grain.IterDataset) -> Stream:
+    """The batches, of which no worker is left when nobody wants more."""
+    iterator = iter(batches)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
 
 
 def _piece(make: Callable, cut: tuple[int, int, int, int], number: int) -> Batch:

@@ -114,7 +114,10 @@ def prepared_builder(name: str, directory: str) -> Any:
     try:
         builder = tfds.builder(name, data_dir=directory)
     except tfds.core.DatasetNotFoundError as error:
-        raise UserError(f"TFDS knows no data set {name!r}; write its name.") from error
+        raise UserError(
+            f"data.name={name!r} is unknown; give digits, mnist, another name of TFDS, "
+            "folder:DIR or synthetic"
+        ) from error
     if not builder.is_prepared():
         raise UserError(
             f"Data set {name!r} was not found in {directory}: run"

@@ -150,7 +150,10 @@ def test_tfds_gives_the_files_as_they_are(tmp_path, write_tfds):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("no_such_set", "knows no data set 'no_such_set'"), ("mnist", "was not found in")],
+    [
+        ("no_such_set", "data.name='no_such_set' is unknown"),
+        ("mnist", "was not found in"),
+    ],
 )
 def test_missing_tfds_data(tmp_path, name, message):
     with pytest.raises(UserError, match=message):

@@ -56,8 +56,8 @@ def test_an_unknown_name_stops_before_the_first_download(
 ):
     assert prepare.main(["mnist", "mnits", f"--data_dir={tmp_path}"]) == 2
     assert capsys.readouterr().err == (
-        "NAME must be one of mnist, fashion_mnist, cifar10, cifar100, not 'mnits'"
-        " (digits needs no preparing).\n"
+        "NAME must be one that TFDS knows, mnist, fashion_mnist, cifar10, cifar100,"
+        " imagenet2012 or another, not 'mnits' (digits needs no preparing).\n"
     )
     assert not calls
 
