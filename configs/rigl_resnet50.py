@@ -1,15 +1,16 @@
 """ResNet-50 on ImageNet: RigL.
 
-    python -m lottery_flow.main --config=configs/rigl_resnet50.py
+    python -m lottery_flow.main --config=configs/rigl_resnet50.py \
+        --config.sparsity.masks_from=RUN
     python -m lottery_flow.main --config=configs/rigl_resnet50.py:smoke
-    python -m lottery_flow.main \
-        --config=configs/rigl_resnet50.py:sparsity=0.9,distribution=uniform,length=5
 
-80 % sparsity by default, Erdos-Renyi-Kernel; `distribution=uniform` also wants
---config.sparsity.dense_layers=conv1. ImageNet is read from TFDS, `smoke` is a narrow
-network on noise.
-Settings: those of the paper's released code, but for the cosine drop fraction of the
-RigL paper.
+80 % sparsity, uniform, the first layer dense; Erdos-Renyi-Kernel with
+`distribution=erdos_renyi_kernel` and --config.sparsity.dense_layers=''. RUN is the
+seed directory of a run of prune_resnet50; without it the masks are random.
+--config.model.init=per_neuron takes the sparsity-aware initialisation (the paper's
+RigL+); `length=5` trains five times as long. ImageNet is read from TFDS, `smoke` is a
+narrow network on noise.
+Settings: those of the paper's released code.
 Not yet run at full length; 32,000 steps of 4096 images.
 """
 
@@ -22,5 +23,5 @@ def get_config(arg: str = "") -> ConfigDict:
     config = paper_resnet50("rigl_resnet50")
     config.sparsity.rule = "rigl"
     config.sparsity.sparsity = 0.8
-    config.sparsity.distribution = "erdos_renyi_kernel"
+    config.sparsity.dense_layers = "conv1"
     return finish(config, arg)

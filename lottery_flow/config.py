@@ -69,8 +69,8 @@ def default() -> ConfigDict:
                 # momentum: v = m v + g, w -= lr v; adam; adamw.
                 "name": "keras_momentum",
                 "learning_rate": 0.05,
-                # cosine (to zero), constant, or step: times decay_factor at each of
-                # milestone_steps.
+                # cosine (to zero), constant, or step: times decay_factor from each of
+                # milestone_steps on.
                 "schedule": "cosine",
                 "milestone_steps": (),
                 "decay_factor": 0.1,
@@ -193,6 +193,20 @@ def paper_resnet50(name: str) -> ConfigDict:
     config.train.checkpoint_every_steps = 1000
     config.train.keep_checkpoints = 3
     config.eval.every_steps = 1000
+    return config
+
+
+def paper_vgg16(name: str) -> ConfigDict:
+    """VGG-16 on ImageNet with the settings of the released code, dense."""
+    config = paper_resnet50(name)
+    config.model.name = "vgg16"
+    config.optim.learning_rate = 0.4
+    config.optim.milestone_steps = (37_534, 87_580, 112_603)  # the same epochs
+    config.sparsity.end_steps = 100_000
+    config.train.total_steps = 128_000
+    config.train.batch_size = 1024
+    config.train.checkpoint_every_steps = 4000
+    config.eval.every_steps = 4000
     return config
 
 

@@ -46,6 +46,8 @@ def test_there_is_a_config_for_each_method_and_network():
     methods = ("dense", "small_dense", "scratch", "lottery", "prune", *RULES)
     wanted = {f"{m}_{n}" for m in methods for n in ("lenet5", "mlp")}
     assert wanted == set(PAPER)
+    for network in ("resnet50", "vgg16"):
+        assert {f"{m}_{network}" for m in methods} <= set(NAMES)
     assert "quickstart" in NAMES
 
 
@@ -92,23 +94,42 @@ def test_hyper_parameters_of_the_paper(name):
         assert sparsity.rule == "static"
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "resnet50" in name])
+IMAGENET = [name for name in NAMES if re.search("resnet50$|vgg16$", name)]
+
+
+@pytest.mark.parametrize("name", IMAGENET)
 def test_hyper_parameters_for_imagenet(name):
-    config = get_config(name)
-    assert (config.train.total_steps, config.train.batch_size) == (32_000, 4096)
+    config, vgg = get_config(name), name.endswith("vgg16")
+    size = config.train.total_steps, config.train.batch_size
+    assert size == ((128_000, 1024) if vgg else (32_000, 4096))
     optim, sparsity = config.optim, config.sparsity
     assert (optim.name, optim.nesterov, optim.momentum) == ("momentum", True, 0.9)
     assert optim.weight_decay == 1e-4
     assert config.loss.label_smoothing == 0.1
-    rate = build(config, 0).learning_rate
-    epoch = 1_281_167 / 4096
-    for step, expected in ((0, 1.6), (30, 0.16), (70, 0.016), (90, 0.0016)):
-        found = np.asarray([rate(round(step * epoch) + i) for i in (-2, 2)])
-        before = expected if step == 0 else expected * 10
-        np.testing.assert_allclose(found, [before, expected], rtol=1e-6)
+    epoch = 1_281_167 / config.train.batch_size
+    for step, at in zip(optim.milestone_steps, (30, 70, 90), strict=True):
+        assert step == pytest.approx(at * epoch, abs=1)
+    assert optim.learning_rate == pytest.approx(0.1 * config.train.batch_size / 256)
+    factor = 4 if vgg else 1
     if name.startswith(RULES):
-        assert (sparsity.begin_steps, sparsity.end_steps) == (0, 25_000)
+        assert (sparsity.begin_steps, sparsity.end_steps) == (0, factor * 25_000)
         assert (sparsity.interval_steps, sparsity.drop_fraction) == (100, 0.3)
+    if name.startswith("prune"):
+        steps = sparsity.begin_steps, sparsity.end_steps, sparsity.interval_steps
+        assert steps == (factor * 10_000, factor * 25_000, factor * 1000)
+        ticket = get_config(name.replace("prune", "lottery"))
+        assert ticket.sparsity.weights_step % config.train.checkpoint_every_steps == 0
+        assert config.train.keep_checkpoints == 0  # so that it is there
+    if "dense" not in name:
+        assert sparsity.sparsity == 0.8
+        assert sparsity.dense_layers == ("" if vgg else "conv1")
+
+
+def test_the_rate_falls_at_the_milestones():
+    rate = build(get_config("rigl_resnet50"), 0).learning_rate
+    for step, before, after in ((9383, 1.6, 0.16), (21_894, 0.16, 0.016)):
+        found = [float(rate(step + i)) for i in (-1, 0, 1)]
+        np.testing.assert_allclose(found, [before, after, after], rtol=1e-6)
 
 
 def test_arguments_of_a_config():
@@ -155,17 +176,25 @@ def abstract_run(job):
     return jax.eval_shape(everything)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Others of the large networks differ from these as those of the small ones do.
+BUILT = {"rigl_resnet50", "prune_vgg16", "small_dense_vgg16"}
+
+
+@pytest.mark.parametrize("name", sorted(BUILT.union(NAMES) - (set(IMAGENET) - BUILT)))
 def test_the_full_size_builds_without_data(name):
     job = build(get_config(name), 0)
     state, measured, before = abstract_run(job)
     assert jax.tree.map(lambda leaf: leaf.shape, before.params) == jax.tree.map(
         lambda leaf: leaf.shape, state.params
     )
-    small = {"small_dense_lenet5": 2_399, "small_dense_mlp": 6_442}
+    small = {
+        "small_dense_lenet5": 2_399,
+        "small_dense_mlp": 6_442,
+        "small_dense_vgg16": 3_040_100 + 1000,
+    }
     n_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     whole = {"lenet5": 44_426, "mlp": 266_610, "quickstart": 44_426}
-    whole["resnet50"] = 25_557_032
+    whole |= {"resnet50": 25_557_032, "vgg16": 15_223_464}
     assert n_parameters == small.get(name, whole[name.split("_")[-1]])
     assert measured["loss"].shape == ()
     n_masks = len(jax.tree.leaves(state.opt_state.masks))
@@ -194,9 +223,9 @@ def smoked(tmp_path_factory):
     return get
 
 
-# Others of LeNet-5 differ from these as those of the MLP do; a ResNet-50 takes minutes
-# to compile.
-LEFT_OUT = "(dense|small|set|rigl_inv).*lenet5|dense_resnet50"
+# Others of LeNet-5 differ from these as those of the MLP do; the large networks take
+# minutes to compile.
+LEFT_OUT = "(dense|small|set|rigl_inv).*lenet5|.*resnet50|.*vgg16"
 SMOKED = [name for name in NAMES if not re.match(LEFT_OUT, name)]
 
 

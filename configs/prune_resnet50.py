@@ -1,0 +1,29 @@
+"""ResNet-50 on ImageNet: gradual magnitude pruning, dense to sparse.
+
+    python -m lottery_flow.main --config=configs/prune_resnet50.py
+    python -m lottery_flow.main --config=configs/prune_resnet50.py:smoke
+
+80 % sparsity, uniform, the first layer dense; Erdos-Renyi-Kernel with
+`distribution=erdos_renyi_kernel` and --config.sparsity.dense_layers=''. ImageNet is
+read from TFDS, `smoke` is a narrow network on noise.
+Settings: those of the paper's released code.
+Not yet run at full length; 32,000 steps of 4096 images.
+"""
+
+from ml_collections import ConfigDict
+
+from lottery_flow.config import finish, paper_resnet50
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = paper_resnet50("prune_resnet50")
+    config.sparsity.rule = "gradual_pruning"
+    config.sparsity.sparsity = 0.8
+    config.sparsity.dense_layers = "conv1"
+    config.sparsity.begin_steps = 10_000
+    config.sparsity.end_steps = 25_000
+    config.sparsity.interval_steps = 1000
+    # All of them, for tickets go back to an early one.
+    config.train.checkpoint_every_steps = 2000
+    config.train.keep_checkpoints = 0
+    return finish(config, arg)
