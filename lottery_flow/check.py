@@ -47,6 +47,13 @@ def fields(config: ConfigDict) -> None:
                     f"model.{field}={config.model[field]!r}: model.init='module' has "
                     "no such choice; leave it out, or take another init"
                 )
+    elif config.model.kernel_init or config.model.norm == "fixup":
+        field = "kernel_init" if config.model.kernel_init else "norm"
+        raise UserError(
+            f"model.{field}={config.model[field]!r} says how the network draws its "
+            f"kernels, which model.init={config.model.init!r} draws anew; write "
+            "model.init=module"
+        )
     _known("optim.name", config.optim.name, OPTIMIZERS)
     _known("optim.schedule", config.optim.schedule, ("cosine", "constant", "step"))
     milestones = tuple(config.optim.milestone_steps)

@@ -19,8 +19,9 @@ the Lottery" (arXiv 1911.11134), appendix on FLOPs: a step costs a forward pass 
 the gradients of activations and of weights, one more each: 3 f. One step in T + 1 takes
 the gradient of all weights, active or not: 2 f + 1.
 
-Every layer counts as one with bias and ReLU. Normalisation, pooling, residual sums and
-the softmax are not counted. The published tables take n = N (1 - s), not rounded.
+Every layer counts as one with bias and ReLU. Normalisation, pooling, residual sums, the
+softmax and attention's products of activations are not counted. The published tables
+take n = N (1 - s), not rounded.
 """
 
 import math

@@ -2,10 +2,10 @@
 
 `population` compiles them for one network, or for many at once.
 
-Gradient flow is the L2 norm of the gradient of the mean cross-entropy over all
-active parameters, without weight decay, on a fixed *probe* batch: the first training
-images in the order of the data set, with the model in training mode, as in the
-paper's released code.
+Gradient flow is the L2 norm of the gradient of the mean cross-entropy (of the run's
+smoothed targets) over all active parameters, without weight decay, on a fixed *probe*
+batch: the first training images in the order of the data set, with the model in
+training mode, as in the paper's released code.
 """
 
 from collections.abc import Callable

@@ -99,7 +99,7 @@ BEFORE_TRAINING = [
     (
         "no_norm",
         "dense_lenet5",
-        {"model__norm": "fixup"},
+        {"model__norm": "fixup", "model__init": "module"},
         "norm='fixup': lenet5 has no such choice",
     ),
     (
@@ -113,6 +113,18 @@ BEFORE_TRAINING = [
         "dense_mlp",
         {"model__init": "module", "model__init_gain": 2.0},
         r"init_gain=2\.0: model\.init='module' has",
+    ),
+    (
+        "redrawn",
+        "dense_mlp",
+        {"model__name": "vgg16", "model__kernel_init": "delta_orthogonal"},
+        "kernel_init='delta_orthogonal'.*model.init=module",
+    ),
+    (
+        "redrawn_fixup",
+        "dense_mlp",
+        {"model__name": "resnet20", "model__norm": "fixup"},
+        "norm='fixup'.*model.init=module",
     ),
     (
         "patch",

@@ -34,7 +34,7 @@ class Attention(nn.Module):
 
         b, n, d = x.shape
         q, k, v = (project(name) for name in ("query", "key", "value"))
-        y = nn.dot_product_attention(q, k, v)
+        y = nn.dot_product_attention(q, k, v, force_fp32_for_softmax=True)
         return _dense(d, self.dtype, "out")(y.reshape(b, n, d))
 
 
