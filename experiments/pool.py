@@ -37,7 +37,7 @@ def run(
       items: what pickle can send to another process.
       jobs: processes at the same time; 0 is one for each core, and one where there is
         an accelerator. One works in this process.
-      programs: folder for compiled programs, which the processes share.
+      programs: folder for compiled programs, which the items share.
       label: what an item is called.
       progress: how far a running item is.
 
@@ -48,6 +48,7 @@ def run(
     jobs = min(jobs or _default_jobs(len(cores)), len(waiting))
     failed: list[str] = []
     if jobs <= 1:
+        _keep(programs)
         for item in waiting:
             say(label(item))
             try:
@@ -103,12 +104,17 @@ def _default_jobs(n_cores: int) -> int:
     return n_cores if jax.default_backend() == "cpu" else 1
 
 
+def _keep(programs: Path) -> None:
+    """Compiled programs go there: items compile the same ones, in one process too."""
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
+        jax.config.update("jax_compilation_cache_dir", str(programs.resolve()))
+
+
 def _work(work: Callable, item: Any, cores: list[int], programs: Path) -> None:
     """In a process of its own, on its own cores."""
     os.sched_setaffinity(0, cores)  # before JAX counts them
     command.prepare(logging.WARNING)
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(programs.resolve()))
+    _keep(programs)
     try:
         work(item)
     except UserError as error:

@@ -10,6 +10,7 @@ that it has everywhere. Kernels start from Glorot's uniform distribution, positi
 N(0, 0.02), the last layer from N(0, 0.01). No dropout.
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -34,7 +35,9 @@ class Attention(nn.Module):
 
         b, n, d = x.shape
         q, k, v = (project(name) for name in ("query", "key", "value"))
-        y = nn.dot_product_attention(q, k, v, force_fp32_for_softmax=True)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
+        shares = nn.softmax(scores.astype(jnp.float32)).astype(v.dtype)
+        y = jnp.einsum("bhqk,bkhd->bqhd", shares, v)
         return _dense(d, self.dtype, "out")(y.reshape(b, n, d))
 
 
