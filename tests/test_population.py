@@ -71,8 +71,9 @@ def singles(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "how", "chunk"),
     [
-        *itertools.product(TABLE, ["one_by_one"], [1]),
         *itertools.product(TABLE, ["together"], [4]),
+        # One by one they run the program of a single run.
+        ("gradual_pruning", "one_by_one", 1),
         ("rigl_keras_momentum", "one_by_one", 4),
         ("rigl_keras_momentum", "together", 1),
     ],
