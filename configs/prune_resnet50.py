@@ -12,17 +12,14 @@ Not yet run at full length; 32,000 steps of 4096 images.
 
 from ml_collections import ConfigDict
 
-from lottery_flow.config import finish, paper_resnet50
+from lottery_flow.config import finish, gradual_pruning, paper_resnet50
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    config = paper_resnet50("prune_resnet50")
-    config.sparsity.rule = "gradual_pruning"
-    config.sparsity.sparsity = 0.8
+    config = gradual_pruning(
+        paper_resnet50("prune_resnet50"), 0.8, 10_000, 25_000, 1000
+    )
     config.sparsity.dense_layers = "conv1"
-    config.sparsity.begin_steps = 10_000
-    config.sparsity.end_steps = 25_000
-    config.sparsity.interval_steps = 1000
     # All of them, for tickets go back to an early one.
     config.train.checkpoint_every_steps = 2000
     config.train.keep_checkpoints = 0

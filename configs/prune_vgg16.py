@@ -11,16 +11,11 @@ Not yet run at full length; 128,000 steps of 1024 images.
 
 from ml_collections import ConfigDict
 
-from lottery_flow.config import finish, paper_vgg16
+from lottery_flow.config import finish, gradual_pruning, paper_vgg16
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    config = paper_vgg16("prune_vgg16")
-    config.sparsity.rule = "gradual_pruning"
-    config.sparsity.sparsity = 0.8
-    config.sparsity.begin_steps = 40_000
-    config.sparsity.end_steps = 100_000
-    config.sparsity.interval_steps = 4000
+    config = gradual_pruning(paper_vgg16("prune_vgg16"), 0.8, 40_000, 100_000, 4000)
     # All of them, for tickets go back to an early one.
     config.train.checkpoint_every_steps = 8000
     config.train.keep_checkpoints = 0

@@ -259,13 +259,19 @@ def _stretch(config: ConfigDict, factor: float) -> None:
         sparsity.end_steps = round(sparsity.end_steps * factor)
 
 
-def gradual_pruning(config: ConfigDict, sparsity: float) -> ConfigDict:
-    """The pruning schedule of both MNIST networks in the paper's released code."""
+def gradual_pruning(
+    config: ConfigDict,
+    sparsity: float,
+    begin_steps: int = 3000,
+    end_steps: int = 7000,
+    interval_steps: int = 100,
+) -> ConfigDict:
+    """Pruning, by default as both MNIST networks in the paper's released code."""
     config.sparsity.rule = "gradual_pruning"
     config.sparsity.sparsity = sparsity
-    config.sparsity.begin_steps = 3000
-    config.sparsity.end_steps = 7000
-    config.sparsity.interval_steps = 100
+    config.sparsity.begin_steps = begin_steps
+    config.sparsity.end_steps = end_steps
+    config.sparsity.interval_steps = interval_steps
     return config
 
 

@@ -19,7 +19,6 @@ channel, and a header of some kilobytes.
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +34,7 @@ from safetensors.numpy import save as serialize
 
 from lottery_flow import checkpoint, command, counting
 from lottery_flow.errors import UserError
-from lottery_flow.runs import RunPaths
+from lottery_flow.runs import RunPaths, write_atomically
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.sparsity.masks import Masks, Params
 
@@ -107,13 +106,7 @@ def save(
     content = serialize(
         {k: np.ascontiguousarray(v) for k, v in tensors.items()}, metadata=texts
     )
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    write_atomically(Path(path), content)
     return len(content)
 
 

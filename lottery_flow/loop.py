@@ -204,9 +204,7 @@ class Loop(NamedTuple):
             nothing if measured is None else self._of_members(measured),
             nothing if before is None else self._probe(before),
             self._probe(state),
-            evaluate(self.population, state, self.data.test())
-            if evaluates
-            else nothing,
+            self._evaluate(state) if evaluates else nothing,
             strict=True,
         )
         rows = []

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from lottery_flow.sparsity import masks as masks_lib
+
 LossFn = Callable[[PyTree, Any], Array]  # (params, batch) -> scalar
 
 
@@ -64,8 +66,8 @@ def classification(
       batch_stats: running statistics of norms, {} without any.
       norms: 'frozen' or 'batch', which statistics norms use, see above. Without norms
         both are the same.
-      weight_decay: coefficient of half the squared L2 norm of all kernels (leaves of
-        two dimensions or more); 0 leaves the penalty out, as the paper does.
+      weight_decay: coefficient of half the squared L2 norm of all kernels
+        (`masks.is_kernel`); 0 leaves the penalty out, as the paper does.
       label_smoothing: share of the target that is spread evenly over all classes.
       preprocess: makes model inputs of `batch["image"]`; the images themselves if None.
     """
@@ -77,7 +79,7 @@ def classification(
         return apply_fn(params, batch_stats, images, norms == "batch")[0]
 
     def penalty(params):
-        kernels = [w for w in jax.tree.leaves(params) if w.ndim >= 2]
+        kernels = masks_lib.layers(params).values()
         return 0.5 * weight_decay * sum(jnp.sum(w * w) for w in kernels)
 
     separable = norms == "frozen" or not jax.tree.leaves(batch_stats)
