@@ -194,7 +194,7 @@ def test_the_full_size_builds_without_data(name):
     }
     n_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     whole = {"lenet5": 44_426, "mlp": 266_610, "quickstart": 44_426}
-    whole |= {"resnet50": 25_557_032, "vgg16": 15_223_464}
+    whole |= {"resnet50": 25_557_032, "vgg16": 15_223_464, "imagenette": 2_801_450}
     assert n_parameters == small.get(name, whole[name.split("_")[-1]])
     assert measured["loss"].shape == ()
     n_masks = len(jax.tree.leaves(state.opt_state.masks))
@@ -226,7 +226,8 @@ def smoked(tmp_path_factory):
 # The methods left out of one of the small networks run on the other; the large ones
 # take minutes to compile.
 LEFT_OUT = (
-    "(dense|small|set|rigl_inv).*lenet5|(prune|lottery|scratch)_mlp|.*(50|vgg16)$"
+    "(dense|small|set|rigl_inv).*lenet5|(prune|lottery|scratch)_mlp"
+    "|.*(50|vgg16|imagenette)$"
 )
 SMOKED = [name for name in NAMES if not re.match(LEFT_OUT, name)]
 
