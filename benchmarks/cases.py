@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from benchmarks import pipeline
 from benchmarks.measure import Ratio, compare
 from benchmarks.networks import (
     SETTINGS,
@@ -246,4 +247,6 @@ CASES: dict[str, Callable[[], Iterator[Ratio]]] = {
     "members_lenet5": partial(members, "lenet5"),
     "members_mlp": partial(members, "mlp", own=1.1),
     "curvature": curvature,
+    "decoding": pipeline.decoding,
+    "waiting": pipeline.waiting,
 }

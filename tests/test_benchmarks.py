@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import run_cli
 
-from benchmarks import cases, measure, networks
+from benchmarks import cases, measure, networks, pipeline
+from lottery_flow.data import images
 
 
 def test_ratios_are_of_the_same_rounds(monkeypatch):
@@ -89,3 +90,23 @@ def test_every_case_is_described():
     for name in cases.CASES:
         stem = name.split("_")[0]
         assert f"`{name}`" in text or f"`{stem}_...`" in text, name
+
+
+def test_written_images_are_a_data_set(tmp_path):
+    for name in ("a", "b"):
+        pipeline.write_images(tmp_path / name, n=2)
+    first, again = (images.open_folder(str(tmp_path / d), 16) for d in ("a", "b"))
+    assert (len(first.train), len(first.test)) == (2, 2)
+    assert images.decode(first.train[1]["image"]).size == (500, 375)
+    assert first.train[1] == again.train[1]
+    assert first.train[0]["image"] != first.train[1]["image"]
+
+
+def test_rates_are_of_the_longer_stream_alone(monkeypatch, tmp_path):
+    """What starting costs, here 7 s, drops out: 6 images in 3 s."""
+    pipeline.write_images(tmp_path, n=2)
+    dataset = images.open_folder(str(tmp_path), 16)
+    now = iter([0.0, 7.0 + 1.0, 20.0, 20.0 + 7.0 + 4.0])
+    monkeypatch.setattr(pipeline, "_processor_seconds", lambda: next(now))
+    found = pipeline.images_per_second(dataset, 0, batch_size=2, n_batches=3)
+    assert found == 2.0
