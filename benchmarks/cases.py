@@ -22,6 +22,7 @@ from lottery_flow import population
 from lottery_flow.analysis import batches, hutchinson, lanczos, objective
 from lottery_flow.analysis import curvature as curvature_lib
 from lottery_flow.analysis.active import active_space
+from lottery_flow.parallel import Devices
 from lottery_flow.population import less_memory
 from lottery_flow.sparsity.topk import topk_mask
 from lottery_flow.steps import normalize
@@ -161,14 +162,16 @@ def members(name: str, own: float = 1.0, shared: float = 0.8) -> Iterator[Ratio]
     model, images = create_model(setting), data(setting)
     rng = np.random.default_rng(0)
     state, steps_ = sparse_steps(setting, model)
-    alone = f"{name}: alone"
+    alone, batch = f"{name}: alone", setting.batch_size
 
     def loop(n: int, way: str, share: bool) -> Loop:
         states = [jax.tree.map(jnp.copy, state) for _ in range(n)]
-        pop = population.make(steps_, n, way=way, n_devices=0, shared=share)
+        pop = population.make(
+            steps_, n, way=way, devices=Devices(), batch_size=batch, shared=share
+        )
         shape = (setting.batch_size,) if share else (n, setting.batch_size)
         indices = rng.integers(0, 1024, shape).astype(np.int32)
-        args = pop.join([{}] * n), pop.place(images), indices
+        args = pop.join([{}] * n), jax.device_put(images), indices
         return Loop(pop.train, pop.join(states), *args)
 
     for way, share, sizes, target in (

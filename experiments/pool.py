@@ -4,18 +4,19 @@ One process on one core does more of our small networks in a second than one pro
 on two cores, because two of its threads wait for each other at every operation.
 """
 
+import contextlib
 import logging
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from lottery_flow import command
+from lottery_flow import command, stopping
 from lottery_flow.errors import UserError
 
 _EVERY_SECONDS = 60.0  # between two lines of progress
@@ -43,6 +44,7 @@ def run(
 
     Raises:
       UserError: some items failed; all others were finished before.
+      Stopped: SIGTERM came; what was in training is saved.
     """
     waiting, cores = list(items), sorted(os.sched_getaffinity(0))
     jobs = min(jobs or _default_jobs(len(cores)), len(waiting))
@@ -61,8 +63,10 @@ def run(
     free = [cores[i::jobs] for i in range(jobs)]
     running: list[tuple[Any, Any, list[int]]] = []
     told = time.monotonic()
-    try:
+    with stopping.watch() as asked_to_stop, _ended(running):
         while waiting or running:
+            if asked_to_stop():
+                raise stopping.Stopped(f"stopped, {len(waiting)} wait")
             while waiting and free:
                 item, own = waiting.pop(0), free.pop(0)
                 process = context.Process(
@@ -84,10 +88,19 @@ def run(
                 for _, item, _ in running:
                     say(f"running: {label(item)} {progress(item)}")
                 say(f"{len(waiting)} wait")
+    return _report(failed)
+
+
+@contextlib.contextmanager
+def _ended(running: list[tuple[Any, Any, list[int]]]) -> Iterator[None]:
+    """No process is left at the end; a run in training is saved first."""
+    try:
+        yield
     finally:
         for process, _, _ in running:
             process.terminate()
-    return _report(failed)
+        for process, _, _ in running:
+            process.join()
 
 
 def say(text: str) -> None:
@@ -119,3 +132,5 @@ def _work(work: Callable, item: Any, cores: list[int], programs: Path) -> None:
         work(item)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except stopping.Stopped:
+        sys.exit(command.AGAIN)

@@ -21,6 +21,7 @@ from experiments import launch, paper, publish, tables
 from experiments.trainings import Setup
 from lottery_flow import command
 from lottery_flow.errors import UserError
+from lottery_flow.stopping import Stopped
 
 EXPERIMENTS = (
     "calibration",
@@ -82,13 +83,16 @@ def main() -> None:
     out = args.out or Path("runs/smoke/results" if args.smoke else "results")
     setup = Setup(workdir, args.data_dir, args.smoke, args.jobs)
     command.prepare()
-    # As for Ctrl-C: the processes that train are stopped with this one.
+    # As for Ctrl-C, where nothing is trained that would have to be saved.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     names = list(EXPERIMENTS) if "all" in args.name else args.name
     try:
         run(names, setup, out)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except Stopped as stopped:
+        sys.stderr.write(f"{stopped}; the same command goes on\n")
+        sys.exit(command.AGAIN)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,16 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
-from lottery_flow import check, checkpoint, data, draw, models, runs
+from lottery_flow import check, checkpoint, data, draw, method, models, runs
 from lottery_flow import config as config_lib
 from lottery_flow.errors import UserError
 from lottery_flow.job import Job
 from lottery_flow.members import own_fields
-from lottery_flow.sparsity import distributions, rules, schedules
+from lottery_flow.parallel import Devices
+from lottery_flow.sparsity import distributions
 from lottery_flow.sparsity import masks as masks_lib
-from lottery_flow.sparsity.rules import Rule
 
 
 def build(config: ConfigDict, seed: int) -> Job:
@@ -29,26 +28,24 @@ def build(config: ConfigDict, seed: int) -> Job:
     Raises:
       UserError: a field that makes no sense.
     """
-    check.fields(config)
-    source = data.find(config.data.name, config.data.dir, config.data.image_size)
-    spec = source.spec
-    model = _model(config, spec)
-    key = jax.random.key(seed)
-    shapes = jax.eval_shape(model.init, key)["params"]
-    decay = _decay(config)
-    fade = _fade(config, decay)
+    source, model, shapes = _network_of(config)
+    spec, key = source.spec, jax.random.key(seed)
+    decay = method.decay(config)
+    fade = method.fade(config, decay)
     n_active = _n_active(config, shapes)
+    prunes = config.sparsity.rule == "gradual_pruning"
+    sparsity = _layer_sparsity(config, shapes) if prunes else {}
     own = own_fields(config) + runs.UNHASHED
     knobs = {"learning_rate": config.optim.learning_rate}
     if fade is not None:
         knobs["drop_fraction"] = config.sparsity.drop_fraction
 
     def make_method(knobs):
-        inner = _optimizer(config, _scaled(decay, knobs["learning_rate"]))
-        fraction = fade and _scaled(fade, knobs["drop_fraction"])
-        return inner, _rule(config, shapes, fraction)
+        inner = method.optimizer(config, method.scaled(decay, knobs["learning_rate"]))
+        fraction = fade and method.scaled(fade, knobs["drop_fraction"])
+        return inner, method.rule(config, sparsity, fraction)
 
-    fraction = fade and _scaled(fade, config.sparsity.drop_fraction)
+    fraction = fade and method.scaled(fade, config.sparsity.drop_fraction)
     return Job(
         seed=seed,
         setting={k: v for k, v in flat_fields(config).items() if k not in own},
@@ -57,14 +54,18 @@ def build(config: ConfigDict, seed: int) -> Job:
         spec=spec,
         load_data=lambda: source.load(config.data.dir),
         workers=config.data.workers,
+        augment=config.data.augment,
         label_smoothing=config.loss.label_smoothing,
-        rule=_rule(config, shapes, fraction),
+        norm_examples=config.model.norm_examples,
+        accumulate_steps=config.train.accumulate_steps,
+        ema_decay=config.train.ema_decay,
+        rule=method.rule(config, sparsity, fraction),
         make_method=make_method,
         knobs={k: np.float32(v) for k, v in knobs.items()},
         make_network=lambda: _network(config, model, shapes, seed, n_active),
         rewire_key=jax.random.fold_in(key, draw.REWIRE),
         step_key=jax.random.fold_in(key, draw.STEP),
-        learning_rate=_scaled(decay, config.optim.learning_rate),
+        learning_rate=method.scaled(decay, config.optim.learning_rate),
         drop_fraction=fraction,
         total_steps=config.train.total_steps,
         batch_size=config.train.batch_size,
@@ -76,7 +77,11 @@ def build(config: ConfigDict, seed: int) -> Job:
         eval_every=config.eval.every_steps,
         eval_batch_size=config.eval.batch_size,
         population=config.train.population,
-        member_devices=config.train.member_devices,
+        devices=Devices(
+            config.train.member_devices,
+            config.train.data_devices,
+            config.train.model_devices,
+        ),
         chunk_steps=config.train.chunk_steps,
     )
 
@@ -101,10 +106,7 @@ def layers(config: ConfigDict) -> Layers:
     Raises:
       UserError: a field that makes no sense.
     """
-    check.fields(config)
-    source = data.find(config.data.name, config.data.dir, config.data.image_size)
-    model = _model(config, source.spec)
-    params = jax.eval_shape(model.init, jax.random.key(0))["params"]
+    _, model, params = _network_of(config)
     shapes = {k: v.shape for k, v in masks_lib.layers(params).items()}
     sizes = {k: math.prod(shape) for k, shape in shapes.items()}
     return Layers(shapes, model.positions, sizes | _n_active(config, params))
@@ -124,6 +126,14 @@ def flat_fields(config: ConfigDict) -> dict[str, Any]:
     return dict(sorted(walk("", resolved.to_dict())))
 
 
+def _network_of(config):
+    """The data set, the model, and the shapes of its parameters; all fields checked."""
+    check.fields(config)
+    source = data.find(config.data.name, config.data.dir, config.data.image_size)
+    model = _model(config, source.spec)
+    return source, model, jax.eval_shape(model.init, jax.random.key(0))["params"]
+
+
 def _model(config, spec):
     name, own = config.model.name, models.options(config.model.name)
     asked = {
@@ -132,6 +142,7 @@ def _model(config, spec):
         "norm": config.model.norm,
         "kernel_init": config.model.kernel_init,
         "dtype": config.model.dtype,
+        "remat": config.model.remat,
         "lowering": config.model.lowering,
     }
     default = config_lib.default().model
@@ -146,71 +157,6 @@ def _model(config, spec):
         return models.create(name, spec.image_shape, spec.n_classes, **options)
     except ValueError as error:
         raise UserError(f"model {name}: {error}") from error
-
-
-def _decay(config) -> optax.Schedule:
-    """The learning rate over its peak."""
-    warmup = config.optim.warmup_steps
-    if config.optim.schedule == "constant":
-        after = optax.constant_schedule(1.0)
-    elif config.optim.schedule == "step":
-        factor = config.optim.decay_factor
-        after = optax.piecewise_constant_schedule(
-            1.0, {step - warmup: factor for step in config.optim.milestone_steps}
-        )
-    else:
-        after = optax.cosine_decay_schedule(1.0, _schedule_steps(config) - warmup)
-    if not warmup:
-        return after
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, 1.0, warmup), after], [warmup]
-    )
-
-
-def _schedule_steps(config) -> int:
-    return config.optim.schedule_steps or config.train.total_steps
-
-
-def _scaled(schedule: optax.Schedule, factor: Any) -> optax.Schedule:
-    """The schedule times a number, which may differ between members."""
-    return lambda step: factor * schedule(step)
-
-
-def _optimizer(config, learning_rate) -> optax.GradientTransformation:
-    optim = config.optim
-    decay = optax.add_decayed_weights(
-        optim.weight_decay,
-        mask=masks_lib.in_layers,
-    )
-    step = optax.scale_by_learning_rate(learning_rate)
-    trace = optax.trace(optim.momentum, nesterov=optim.nesterov)
-    chains = {
-        # Keras keeps the rate inside the buffer, which differs once it decays.
-        "keras_momentum": (decay, step, trace),
-        "momentum": (decay, trace, step),
-        "adam": (decay, optax.scale_by_adam(), step),
-        "adamw": (optax.scale_by_adam(), decay, step),
-    }
-    return optax.chain(*chains[optim.name])
-
-
-def _fade(config, decay: optax.Schedule) -> optax.Schedule | None:
-    """The drop fraction over its first value; None where nothing is dropped."""
-    sparsity = config.sparsity
-    if sparsity.rule in ("static", "gradual_pruning"):
-        return None
-    if sparsity.drop_schedule == "constant":
-        return schedules.constant(1.0)
-    if sparsity.drop_schedule == "cosine":
-        end = _schedule_steps(config) if sparsity.end_steps < 0 else sparsity.end_steps
-        return schedules.cosine(1.0, max(end, 1))
-    if config.optim.warmup_steps:
-        raise UserError(
-            "sparsity.drop_schedule='learning_rate' divides by the first learning "
-            f"rate, which optim.warmup_steps={config.optim.warmup_steps} makes zero; "
-            "take cosine"
-        )
-    return schedules.follow_learning_rate(1.0, decay)
 
 
 def _n_active(config, shapes) -> dict[str, int]:
@@ -247,23 +193,6 @@ def _own(config) -> dict[str, Any]:
         "dense": tuple(name for name in dense if name),
         "layer_sparsity": distributions.parse_layer_map(config.sparsity.layer_sparsity),
     }
-
-
-def _rule(config, shapes, fraction) -> Rule:
-    sparsity = config.sparsity
-    if sparsity.rule == "static":
-        return rules.static()
-    if sparsity.rule == "gradual_pruning":
-        return rules.gradual_pruning(
-            begin=sparsity.begin_steps,
-            end=sparsity.end_steps,
-            interval=sparsity.interval_steps,
-            final_sparsity=_layer_sparsity(config, shapes),
-        )
-    end = None if sparsity.end_steps == -1 else sparsity.end_steps
-    due = schedules.every(sparsity.interval_steps, sparsity.begin_steps, end)
-    make = {"set": rules.set_, "rigl": rules.rigl, "rigl_inverted": rules.rigl_inverted}
-    return make[sparsity.rule](due, fraction, timing=sparsity.timing)
 
 
 def _network(config, model, shapes, seed: int, n_active) -> checkpoint.Network:

@@ -11,7 +11,7 @@ from collections.abc import Collection
 import numpy as np
 from ml_collections import ConfigDict
 
-from lottery_flow import data, models, population
+from lottery_flow import augment, data, models, population
 from lottery_flow.errors import UserError
 from lottery_flow.sparsity import distributions, initializers
 
@@ -89,8 +89,27 @@ def fields(config: ConfigDict) -> None:
         _at_least(f"train.{field}", train[field], 1)
     for field in ("log_every_steps", "checkpoint_every_steps"):
         _at_least(f"train.{field}", train[field], 1)
-    for field in ("keep_checkpoints", "member_devices", "chunk_steps"):
+    for field in ("keep_checkpoints", "member_devices", "data_devices", "chunk_steps"):
         _at_least(f"train.{field}", train[field], 0)
+    _at_least("train.model_devices", train.model_devices, 1)
+    _at_least("train.accumulate_steps", train.accumulate_steps, 1)
+    _fraction("train.ema_decay", train.ema_decay)
+    _at_least("model.norm_examples", config.model.norm_examples, 0)
+    parts = train.accumulate_steps
+    if train.batch_size % parts:
+        raise UserError(
+            f"train.accumulate_steps={parts} does not divide train.batch_size="
+            f"{train.batch_size}; give a divisor"
+        )
+    if config.model.norm_examples and train.batch_size // parts % (
+        config.model.norm_examples
+    ):
+        raise UserError(
+            f"model.norm_examples={config.model.norm_examples} does not divide the "
+            f"{train.batch_size // parts} images of a step (of a part of it, with "
+            "train.accumulate_steps); give a divisor"
+        )
+    _known("data.augment", config.data.augment, augment.AUGMENTATIONS)
     _known("train.population", train.population, population.WAYS)
     _at_least("data.order_seed", config.data.order_seed, -1)
     _at_least("optim.warmup_steps", config.optim.warmup_steps, 0)

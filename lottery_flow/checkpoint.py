@@ -2,7 +2,8 @@
 
 Each step has two items. `network` is a plain tree of params, batch_stats and masks
 that restores without knowing the optimizer: what tickets, analysis and notebooks
-need. `training` is what only the same run can use: step, key, optimizer state.
+need; and the running average of the params, if there is one. `training` is what only
+the same run can use: step, key, optimizer state.
 """
 
 import contextlib
@@ -29,11 +30,18 @@ _DELETED = ".deleted"
 
 
 class Network(NamedTuple):
-    """What a checkpoint says of a network, as numpy arrays."""
+    """What a checkpoint says of a network, as numpy arrays.
+
+    Attributes:
+      params, batch_stats: nested dicts.
+      masks: likewise, with None where a leaf is dense.
+      ema: the running average of the params, () without one.
+    """
 
     params: Any
     batch_stats: Any
     masks: Any
+    ema: Any = ()
 
 
 def manager(
@@ -53,18 +61,23 @@ def manager(
                 directory.absolute(), options=ocp.CheckpointManagerOptions(**options)
             )
     policies = ocp.checkpoint_managers
+    # Of its own for each run: many processes save many members at the same time.
+    key = "-".join(directory.absolute().parts[-3:])
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(
             [policies.LatestN(keep or None), _KeepFirst()]
         ),
         cleanup_tmp_directories=True,  # what a killed process left half written
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            barrier_sync_key_prefix=key
+        ),
     )
     return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
 @contextlib.contextmanager
 def _without_warnings():
-    """orbax warns that it is read-only, which is what we want."""
+    """orbax warns of what we want: read-only, and an item without its siblings."""
     level = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.ERROR)
     try:
@@ -114,8 +127,7 @@ def restore_network(directory: Path, step: int = -1) -> tuple[int, Network]:
     """A network alone, from the checkpoints of any run; -1 is the newest.
 
     Returns:
-      The step, and the network: params and batch_stats as nested dicts of numpy
-      arrays, masks likewise, with None where the leaf is dense.
+      The step, and the network.
 
     Raises:
       UserError: no such checkpoint (names the steps that there are), or damaged.
@@ -132,16 +144,25 @@ def restore_network(directory: Path, step: int = -1) -> tuple[int, Network]:
             f"{directory} has no checkpoint of step {step}; it has "
             f"{', '.join(map(str, steps))}"
         )
-    with ocp.StandardCheckpointer() as checkpointer:
-        path = directory / str(step) / "network"
-        found = _read(directory, step, lambda: checkpointer.restore(path))
-    found = jax.tree.map(np.asarray, found)
+    path = directory / str(step) / "network"
+    found = _read(directory, step, lambda: _restore_arrays(path))
     # Without a target orbax leaves out what holds no array.
     params = found["params"]
     masks = masks_lib.from_named(
         masks_lib.named_leaves(found.get("masks") or {}), params
     )
-    return step, Network(params, found.get("batch_stats", {}), masks)
+    stats, ema = found.get("batch_stats", {}), found.get("ema", ())
+    return step, Network(params, stats, masks, ema)
+
+
+def _restore_arrays(path: Path) -> PyTree:
+    """Everything as numpy arrays, whatever devices it was saved from."""
+    with _without_warnings(), ocp.PyTreeCheckpointer() as checkpointer:
+        tree: Any = checkpointer.metadata(path).item_metadata.tree
+        as_numpy = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
+        )
+        return checkpointer.restore(path, restore_args=as_numpy)
 
 
 def steps_in(directory: Path) -> list[int]:
@@ -177,18 +198,18 @@ def _split(state: TrainState) -> tuple[PyTree, PyTree]:
         "batch_stats": state.batch_stats,
         "masks": state.opt_state.masks,
     }
-    training = state._replace(
-        params=(), batch_stats=(), opt_state=state.opt_state._replace(masks=())
-    )
-    return network, training
+    if state.ema != ():
+        network["ema"] = state.ema
+    opt_state = state.opt_state._replace(masks=())
+    rest = state._replace(params=(), batch_stats=(), opt_state=opt_state)._asdict()
+    rest.pop("ema")  # older checkpoints have no such field
+    return network, rest
 
 
-def _join(network: PyTree, training: TrainState) -> TrainState:
-    return training._replace(
-        params=network["params"],
-        batch_stats=network["batch_stats"],
-        opt_state=training.opt_state._replace(masks=network["masks"]),
-    )
+def _join(network: PyTree, training: PyTree) -> TrainState:
+    opt_state = training["opt_state"]._replace(masks=network["masks"])
+    own = {k: network[k] for k in ("params", "batch_stats", "ema") if k in network}
+    return TrainState(**training | own | {"opt_state": opt_state})
 
 
 def _read(directory: Any, step: int, read: Callable[[], Any]) -> Any:

@@ -1,10 +1,12 @@
 """What the commands share: logging, flags, and errors as one sentence."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
@@ -13,6 +15,10 @@ from lottery_flow import allocator
 from lottery_flow import config as config_lib
 from lottery_flow.build import flat_fields
 from lottery_flow.errors import UserError
+from lottery_flow.stopping import Stopped
+
+# Exit status of a run that goes on when it is started again: EX_TEMPFAIL of sysexits.h.
+AGAIN = 75
 
 
 def run(
@@ -20,6 +26,8 @@ def run(
     explain: Callable[[Sequence[str]], str | None] = lambda argv: None,
 ) -> None:
     """Runs a command; a user's mistake is one sentence and exit status 2.
+
+    A run that was asked to end, or lost another process, exits with `AGAIN`.
 
     Args:
       main: gets the arguments that are no flags, the command's name first.
@@ -32,6 +40,13 @@ def run(
             main(argv)
         except UserError as error:
             _fail(error)
+        except Stopped as stopped:
+            sys.stderr.write(f"{stopped}; the same command goes on from there\n")
+            sys.exit(AGAIN)
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            _leave(error)
 
     def parse(argv):
         try:
@@ -97,6 +112,18 @@ def prepare(level: int = logging.INFO) -> None:
     logger.addHandler(handler)
     logger.setLevel(level)
     logger.propagate = False
+
+
+def _leave(error: Exception) -> NoReturn:
+    """Ends one of many processes after it lost another."""
+    reason = " ".join(str(error).split())[:300]
+    sys.stderr.write(
+        f"error: process {jax.process_index()} of {jax.process_count()} lost another "
+        f"one ({reason}); start all of them again, they go on from the newest "
+        "checkpoint\n"
+    )
+    sys.stderr.flush()
+    os._exit(AGAIN)  # an orderly end would wait for the lost one, too
 
 
 def _fail(message: object) -> NoReturn:

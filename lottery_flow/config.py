@@ -34,11 +34,18 @@ def default() -> ConfigDict:
                 "width": 1.0,  # multiplies the channels of all other networks
                 # Of resnets: batch, or fixup, which is none; '' is the model's own.
                 "norm": "",
+                # Images whose statistics batch normalisation shares in training: 0:
+                # all of the step (of a part of it with train.accumulate_steps), on
+                # whatever devices; 32: as on replicas of 32 images each.
+                "norm_examples": 0,
                 # What the network itself draws for its convolutions, see
                 # init=module: he_fan_out, delta_orthogonal; '' is the model's own.
                 "kernel_init": "",
                 # To compute in, float32 or bfloat16; parameters stay in float32.
                 "dtype": "float32",
+                # Of networks of blocks: compute each block again for its gradient
+                # instead of keeping what is inside; accelerators save memory by it.
+                "remat": False,
                 # How convolutions are computed, see models/layers.py: convolution,
                 # patches; auto chooses by the backend and the shape.
                 "lowering": "auto",
@@ -63,6 +70,8 @@ def default() -> ConfigDict:
                 # Seed of the order of the examples; -1 is the run's own. One order
                 # for several members lets them share the work on their batches.
                 "order_seed": -1,
+                # Of training images in memory: crop_flip, see augment.py, or ''.
+                "augment": "",
             },
             "optim": {
                 # keras_momentum: v = m v - lr g, w += v, the paper's on MNIST;
@@ -124,13 +133,22 @@ def default() -> ConfigDict:
                 # 'model.init=masked_dense|per_neuron; optim.learning_rate=0.1|0.2'.
                 "vary": "",
                 # How members are trained, see population.py: one_by_one, together;
-                # auto chooses by the backend. Devices to spread them over, and steps
-                # that one program takes at most; 0 chooses.
+                # auto chooses by the backend. Steps that one program takes at most; 0
+                # chooses.
                 "population": "auto",
-                "member_devices": 0,
                 "chunk_steps": 0,
+                # The mesh, see parallel.py: devices to spread members over, to cut
+                # batches along, and to cut batches and the state along; 0 chooses.
+                "member_devices": 0,
+                "data_devices": 0,
+                "model_devices": 1,
                 "total_steps": 1000,
                 "batch_size": 128,
+                # Parts in which the gradient of a step is computed, one after another.
+                "accumulate_steps": 1,
+                # Of a running average of the weights, 0.9999 for instance, which is
+                # evaluated beside them; 0: none.
+                "ema_decay": 0.0,
                 # The first training images, on which gradient flow is measured.
                 "probe_examples": 1000,
                 "log_every_steps": 100,
@@ -210,6 +228,44 @@ def paper_vgg16(name: str) -> ConfigDict:
     return config
 
 
+def cifar_wrn22_2(name: str) -> ConfigDict:
+    """WRN-22-2 on CIFAR-10 with the settings of the paper's released code, dense."""
+    config = default()
+    config.name = name
+    config.model.name = "wrn22_2"
+    config.model.init = "module"
+    config.data.name = "cifar10"
+    config.data.augment = "crop_flip"
+    config.optim.name = "momentum"
+    config.optim.nesterov = True
+    config.optim.learning_rate = 0.1
+    config.optim.schedule = "step"
+    config.optim.milestone_steps = (30_000, 60_000, 90_000)
+    config.optim.decay_factor = 0.2
+    config.optim.weight_decay = 5e-4
+    config.sparsity.end_steps = 75_000
+    config.sparsity.drop_schedule = "cosine"
+    config.sparsity.grow_examples = 0
+    config.train.total_steps = 97_656
+    config.train.checkpoint_every_steps = 2000
+    config.train.keep_checkpoints = 3
+    config.eval.every_steps = 2000
+    return config
+
+
+def cifar_resnet20(name: str) -> ConfigDict:
+    """ResNet-20 on CIFAR-10 as He et al. 2015 (arXiv 1512.03385, 4.2), dense."""
+    config = cifar_wrn22_2(name)
+    config.model.name = "resnet20"
+    config.optim.nesterov = False
+    config.optim.milestone_steps = (32_000, 48_000)
+    config.optim.decay_factor = 0.1
+    config.optim.weight_decay = 1e-4
+    config.sparsity.end_steps = 48_000
+    config.train.total_steps = 64_000
+    return config
+
+
 def finish(config: ConfigDict, arg: str = "") -> ConfigDict:
     """Applies the config's argument and locks the fields.
 
@@ -280,12 +336,14 @@ def _shrink(config: ConfigDict) -> None:
         config.data.name = "synthetic"
         config.data.image_size = 32
         config.data.workers = 0
-        config.model.width = 1 / 16
         config.eval.batch_size = 500
-        config.optim.milestone_steps = (4, 8)
     else:
         config.data.name = "digits"
     config.data.dir = ""
+    if config.model.name not in ("lenet5", "mlp"):
+        config.model.width = 1 / 16
+    if config.optim.milestone_steps:
+        config.optim.milestone_steps = (4, 8)
     config.train.total_steps = 12
     config.train.batch_size = 32
     config.train.log_every_steps = 4

@@ -14,6 +14,8 @@ def evaluate(
 ) -> list[dict[str, float]]:
     """Mean loss (nats) and accuracy (fraction) over all examples, for each member.
 
+    Both also of the running average of the weights, where there is one.
+
     Args:
       population: see there; its `evaluate` returns weighted sums.
       state: of the population.
@@ -30,11 +32,7 @@ def evaluate(
     by_batch.append(jax.device_get(population.split(before)))
     means = []
     for sums in zip(*by_batch, strict=True):
-        total = {k: sum(float(s[k]) for s in sums) for k in ("loss", "hits", "weight")}
-        means.append(
-            {
-                "test_loss": total["loss"] / total["weight"],
-                "test_accuracy": total["hits"] / total["weight"],
-            }
-        )
+        total = {k: sum(float(s[k]) for s in sums) for k in sums[0]}
+        weight = total.pop("weight")
+        means.append({k: value / weight for k, value in total.items()})
     return means

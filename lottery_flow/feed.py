@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
+from jax.sharding import Mesh
+
 from lottery_flow import data as data_lib
+from lottery_flow import parallel
 from lottery_flow.data import arrays, stream
 from lottery_flow.job import Job
 from lottery_flow.steps import Batch
@@ -31,25 +34,27 @@ class Data(NamedTuple):
     test: Callable[[], Iterable[Batch]]
 
     @classmethod
-    def of(cls, job: Job, dataset: data_lib.Dataset, place: Callable) -> "Data":
-        """Puts a data set where `place` does, cut as the job says."""
+    def of(cls, job: Job, dataset: data_lib.Dataset, mesh: Mesh) -> "Data":
+        """Puts a data set on the devices of `mesh`, cut as the job says."""
         n_probe, n_grow = job.probe_examples, job.grow_examples
 
-        def examples(start, end):
-            return place(data_lib.examples(dataset, "train", start, end))
+        def batch(start, end):
+            found = data_lib.examples(dataset, "train", start, end)
+            return _put(mesh, found)
 
         if isinstance(dataset, data_lib.Images):
-            train, streamed = None, partial(_stream, job, dataset, place)
-            test = partial(_stream_test, job, dataset, place)
+            train, streamed = None, partial(_stream, job, dataset, mesh)
+            test = partial(_stream_test, job, dataset, mesh)
         else:
-            train, streamed = examples(0, job.spec.n_train), None
+            whole = data_lib.examples(dataset, "train", 0, job.spec.n_train)
+            train, streamed = parallel.put(whole, parallel.sharding(mesh)), None
             split = dataset.test_images, dataset.test_labels
             padded = arrays.padded_batches(*split, job.eval_batch_size)
-            test = partial(list, [place(batch) for batch in padded])
+            test = partial(list, [_put(mesh, batch) for batch in padded])
         return cls(
             train=train,
-            probe=examples(0, n_probe),
-            grow=examples(n_probe, n_probe + n_grow) if n_grow else None,
+            probe=batch(0, n_probe),
+            grow=batch(n_probe, n_probe + n_grow) if n_grow else None,
             stream=streamed,
             test=test,
         )
@@ -61,10 +66,9 @@ def steps(job: Job, data: Data, start: int) -> Iterator[tuple[Batch, Any]]:
         for batch in data.stream(start):
             yield batch, None
         return
-    n, b = job.spec.n_train, job.batch_size
     assert data.train is not None
     for t in range(start, job.total_steps):
-        yield data.train, arrays.batch_indices(job.data_seed, t, n, b)
+        yield data.train, job.draws(t)
 
 
 def ahead(batches: stream.Stream, place: Callable, n: int = 2) -> Iterator[Batch]:
@@ -78,20 +82,30 @@ def ahead(batches: stream.Stream, place: Callable, n: int = 2) -> Iterator[Batch
         yield from waiting
 
 
-def _stream(job: Job, dataset, place: Callable, step: int) -> Iterator[Batch]:
+def _put(mesh: Mesh, batch: Batch) -> Batch:
+    """A batch that every process has."""
+    where = parallel.batch_sharding(mesh, len(batch["label"]))
+    return parallel.put(batch, where)
+
+
+def _stream(job: Job, dataset, mesh: Mesh, step: int) -> Iterator[Batch]:
     batches = stream.train_batches(
         dataset,
         seed=job.data_seed,
         batch_size=job.batch_size,
         start=step,
         stop=job.total_steps,
+        shard=parallel.own_part(mesh, job.batch_size),
         n_workers=job.workers,
     )
-    return ahead(batches, place)
+    return ahead(batches, partial(parallel.join_parts, mesh, n=job.batch_size))
 
 
-def _stream_test(job: Job, dataset, place: Callable) -> Iterator[Batch]:
+def _stream_test(job: Job, dataset, mesh: Mesh) -> Iterator[Batch]:
     batches = stream.eval_batches(
-        dataset, batch_size=job.eval_batch_size, n_workers=job.workers
+        dataset,
+        batch_size=job.eval_batch_size,
+        shard=parallel.own_part(mesh, job.eval_batch_size),
+        n_workers=job.workers,
     )
-    return ahead(batches, place)
+    return ahead(batches, partial(parallel.join_parts, mesh, n=job.eval_batch_size))

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import optax
 
-from lottery_flow import data, models
+from lottery_flow import augment, data, models
+from lottery_flow.parallel import Devices
 from lottery_flow.sparsity.masks import Masks
 from lottery_flow.sparsity.rules import Rule
 from lottery_flow.sparsity.transform import sparsify
@@ -27,7 +28,8 @@ class Job(NamedTuple):
       spec: of the data set.
       load_data: reads it.
       workers: processes that decode images, where they are not in memory.
-      label_smoothing: share of the target that is spread over all classes.
+      augment: of images in memory, see `augment`.
+      label_smoothing, norm_examples, accumulate_steps, ema_decay: see `make_steps`.
       rule: how the topology changes.
       make_method: `(knobs) -> (optimizer, rule)`; the knobs may be traced.
       knobs: float32 scalars that members may differ in, {} of `learning_rate` (the
@@ -48,7 +50,11 @@ class Job(NamedTuple):
     spec: data.Spec
     load_data: Callable[[], data.Dataset]
     workers: int
+    augment: str
     label_smoothing: float
+    norm_examples: int
+    accumulate_steps: int
+    ema_decay: float
     rule: Rule
     make_method: Callable
     knobs: dict[str, Any]
@@ -67,14 +73,27 @@ class Job(NamedTuple):
     eval_every: int
     eval_batch_size: int
     population: str
-    member_devices: int
+    devices: Devices
     chunk_steps: int
 
     def make_steps(self) -> Steps:
         """What is done to a network of this run, see `steps`."""
         spec, apply = self.spec, self.model.apply
-        own = self.make_method, spec.mean, spec.std, self.label_smoothing
-        return make_steps(apply, *own)
+        return make_steps(
+            apply,
+            self.make_method,
+            spec.mean,
+            spec.std,
+            label_smoothing=self.label_smoothing,
+            norm_examples=self.norm_examples,
+            accumulate_steps=self.accumulate_steps,
+            ema_decay=self.ema_decay,
+        )
+
+    def draws(self, step: int) -> Any:
+        """The examples of a step, from data in memory, see `augment.draws`."""
+        n, b = self.spec.n_train, self.batch_size
+        return augment.draws(self.augment, self.data_seed, step, n, b)
 
     def make_tx(self, masks: Masks, key: Any, knobs: dict[str, Any]):
         """The transformation of `make_method`, see `sparsify`."""

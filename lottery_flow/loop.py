@@ -1,13 +1,13 @@
 """The host loop: step, log, evaluate, save; for all members of a population at once."""
 
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from lottery_flow import checkpoint, metrics
-from lottery_flow.data import arrays
 from lottery_flow.errors import UserError
 from lottery_flow.evaluate import evaluate
 from lottery_flow.feed import Data
@@ -17,6 +17,7 @@ from lottery_flow.population import Population
 from lottery_flow.progress import Progress
 from lottery_flow.runs import Fields, RunPaths
 from lottery_flow.state import TrainState
+from lottery_flow.stopping import Stopped
 
 _LOG = logging.getLogger(__name__)
 
@@ -59,12 +60,16 @@ class Loop(NamedTuple):
     rewires: np.ndarray  # whether the update after n others rewires
     learning_rate: list[np.ndarray]
     drop_fraction: list[np.ndarray | None]
+    asked_to_stop: Callable[[], bool]
     failed: dict[int, UserError]  # members that diverged; they leave no more traces
 
     def run(self, state: Any, start: int) -> Any:
         """From the state after `start` updates to that after all of them.
 
         Stops early where no member is left that has not diverged.
+
+        Raises:
+          Stopped: it was asked to end; the state is saved.
         """
         job, saved = self.job, start
         if start == 0:
@@ -75,6 +80,10 @@ class Loop(NamedTuple):
         streamed = self.data.stream
         batches = None if streamed is None else streamed(start)
         while done < job.total_steps and len(self.failed) < len(self.members):
+            if self.asked_to_stop():
+                self._check(pending, saved)
+                self._save(state)
+                raise Stopped(f"stopped after step {done}, which is saved")
             begin, end = done, self._end(done)
             rewires = bool(self.rewires[begin])
             if batches is not None:
@@ -93,15 +102,14 @@ class Loop(NamedTuple):
                 state, measured = self.population.chunk(state, *args)
             done = end
             # One late, so that the device never waits for the host.
-            if pending is not None:
-                self._check(*pending, saved)
+            self._check(pending, saved)
             pending = measured, begin
             self.progress.advance(done)
             last = done == job.total_steps
             saves = last or done % job.checkpoint_every == 0
             evaluates = last or (job.eval_every and done % job.eval_every == 0)
             if saves or evaluates or rewires or done % job.log_every == 0:
-                self._check(*pending, saved)
+                self._check(pending, saved)
                 pending = None
                 self._record(state, done, saved, measured, before, bool(evaluates))
             if saves:
@@ -124,14 +132,10 @@ class Loop(NamedTuple):
         return min(*ends, job.total_steps, *(begin + following[:1]).tolist())
 
     def _indices(self, begin: int, end: int) -> np.ndarray:
-        """The examples of the updates from `begin` on: [n s b], less axes of one."""
+        """The examples of the updates from `begin` on: [n s ...], less axes of one."""
         members = self.members[:1] if self.shared else self.members
-        n, b = self.job.spec.n_train, self.job.batch_size
         indices = np.stack(
-            [
-                [arrays.batch_indices(run.job.data_seed, t, n, b) for run in members]
-                for t in range(begin, end)
-            ]
+            [[run.job.draws(t) for run in members] for t in range(begin, end)]
         )
         indices = indices[:, 0] if self.shared else indices
         alone = self.chunk == 1 or self.rewires[begin]
@@ -146,8 +150,11 @@ class Loop(NamedTuple):
     def _evaluate(self, state) -> list[dict[str, float]]:
         return evaluate(self.population, state, self.data.test())
 
-    def _check(self, measured: Any, begin: int, saved: int | None) -> None:
-        """Looks for losses that are not finite; `begin` updates came before."""
+    def _check(self, pending: tuple[Any, int] | None, saved: int | None) -> None:
+        """Looks for losses that are not finite, in metrics and the updates before."""
+        if pending is None:
+            return
+        measured, begin = pending
         # The losses alone: this is fetched at every step.
         split = [m["loss"] for m in self.population.split(measured)]
         for i, losses in enumerate(map(np.atleast_1d, jax.device_get(split))):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import ConfigDict
 
-from lottery_flow import command, members, report, runs
+from lottery_flow import command, members, parallel, report, runs
 from lottery_flow import config as config_lib
 from lottery_flow.build import build, flat_fields
 from lottery_flow.errors import UserError
@@ -21,13 +21,35 @@ def define_flags(values: flags.FlagValues) -> None:
     """The flags of this command."""
     command.define_config(values)
     flags.DEFINE_string(
-        "workdir", "runs", "Where run directories are made.", flag_values=values
+        "workdir",
+        "runs",
+        "Where run directories are made; with many processes one that all of them see.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "Whether this is one of many processes, as on a pod. Cloud TPU, Slurm and Open "
+        "MPI say which; elsewhere give the three flags below.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "coordinator", "", "host:port of the first process.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "n_processes", None, "How many processes there are.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "process", None, "Which process this is, from 0.", flag_values=values
     )
 
 
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"unknown argument {argv[1]!r}; flags begin with --")
+    given = flags.FLAGS.coordinator, flags.FLAGS.n_processes, flags.FLAGS.process
+    if flags.FLAGS.distributed or given != ("", None, None):
+        parallel.start(*given)
     config = command.load_config()
     # Everything is checked for all members before the first is trained.
     workdir = flags.FLAGS.workdir
@@ -35,6 +57,9 @@ def main(argv: Sequence[str]) -> None:
     unfinished = [(own, run) for own, run in started if not run.paths.done.exists()]
     if unfinished:
         train_all(unfinished)
+    parallel.barrier("finished")
+    if not parallel.is_first():
+        return
     for own, run in started:
         if (own, run) not in unfinished:
             print(f"{run.paths.root} is finished; nothing to do.")
@@ -66,6 +91,8 @@ def train_all(started: list[tuple[ConfigDict, Run]]) -> None:
         job, paths, rows = run.job, run.paths, result.rows
         config = configs[paths]
         text = report.summary(config.name, job.model, result.state, rows)
+        if not parallel.is_first():
+            return
         runs.write_atomically(paths.summary, text)
         if config.train.figure:
             report.figure(paths.figure, f"{config.name}, seed {job.seed}", rows)

@@ -49,8 +49,18 @@ class Writer:
       rows: all rows so far, those of earlier starts included.
     """
 
-    def __init__(self, path: Path, last_step: int, tensorboard: Path | None = None):
-        """Opens the file and forgets rows after `last_step`, the restored step."""
+    def __init__(
+        self, path: Path | None, last_step: int, tensorboard: Path | None = None
+    ):
+        """Opens the file and forgets rows after `last_step`, the restored step.
+
+        Without a path the rows are only kept in memory, in a process that is not the
+        one that writes.
+        """
+        self._file = self._board = None
+        self.rows: list[Row] = []
+        if path is None:
+            return
         found = read(path)
         self.rows = [row for row in found if row["step"] <= last_step]
         if len(self.rows) != len(found):
@@ -59,10 +69,13 @@ class Writer:
             )
         write_atomically(path, "".join(map(_line, self.rows)))
         self._file = open(path, "a")
-        self._board = None if tensorboard is None else _board(tensorboard, last_step)
+        if tensorboard is not None:
+            self._board = _board(tensorboard, last_step)
 
     def write(self, row: Row) -> None:
         self.rows.append(row)
+        if self._file is None:
+            return
         self._file.write(_line(row))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -75,7 +88,8 @@ class Writer:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, Key, PyTree
@@ -19,6 +20,7 @@ class TrainState(NamedTuple):
       batch_stats: running statistics of norms, {} without any.
       opt_state: the `SparseState` that owns the masks.
       key: typed key; the step derives its own with `fold_in(key, step)`.
+      ema: running average of the sparse weights, () without one.
     """
 
     step: Int[Array, ""]
@@ -26,6 +28,7 @@ class TrainState(NamedTuple):
     batch_stats: Any
     opt_state: Any
     key: Any
+    ema: Any = ()
 
     @property
     def masks(self) -> Masks:
@@ -38,13 +41,20 @@ def create(
     params: Params,
     batch_stats: PyTree,
     key: Key[Array, ""],
+    *,
+    ema: bool = False,
 ) -> TrainState:
-    """The state before the first step; `params` are masked with the masks of `tx`."""
+    """The state before the first step; `params` are masked with the masks of `tx`.
+
+    With `ema` there is a running average of them, which starts there, too.
+    """
     opt_state: Any = tx.init(params)
+    params = masks_lib.apply(opt_state.masks, params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=masks_lib.apply(opt_state.masks, params),
+        params=params,
         batch_stats=batch_stats,
         opt_state=opt_state,
         key=key,
+        ema=jax.tree.map(jnp.copy, params) if ema else (),
     )

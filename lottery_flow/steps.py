@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, UInt8
 
+from lottery_flow.augment import take
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.sparsity.transform import rewire_network, sparsify
 from lottery_flow.state import TrainState
@@ -31,15 +32,16 @@ class Steps(NamedTuple):
 
     Attributes:
       train: `(state, knobs, data, indices) -> (state, metrics)`, an update without a
-        rewire, on the examples of `data` that `indices` int32 [b] names; None: on
-        all of them.
+        rewire, on the examples of `data` that `indices` int32 [b], or with
+        augmentation [4 b], names; None: on all of them. See `augment.draws`.
       rewire: `(state, knobs, data, indices, grow) -> (state, metrics, before)`, an
         update with one; `grow` is the batch that growth scores are taken on, None for
         the batch of the step; `before` is the network just before the rewire, for
         `probe`, without the state of its optimizer.
       probe: `(state, batch) -> metrics`: loss, accuracy, gradient norm, and the active
         weights of each masked layer.
-      evaluate: `(state, batch) -> sums` of loss, hits and weights.
+      evaluate: `(state, batch) -> sums` over the examples, by their weights, of what
+        is named as in a row of metrics, and of the weights.
     """
 
     train: Callable
@@ -53,7 +55,11 @@ def make_steps(
     make_method: Callable,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    *,
     label_smoothing: float = 0.0,
+    norm_examples: int = 0,
+    accumulate_steps: int = 1,
+    ema_decay: float = 0.0,
 ) -> Steps:
     """The steps of a model under a sparse transformation.
 
@@ -64,11 +70,30 @@ def make_steps(
       std: of each channel, likewise; the images are divided by it.
       label_smoothing: share of the target that is spread evenly over all classes
         (Szegedy et al. 2015), in everything that is differentiated; not in evaluation.
+      norm_examples: images of a step whose statistics norms share, as the replicas of
+        a distributed training have it; running statistics are the means over them. 0:
+        all images of a part, on however many devices.
+      accumulate_steps: parts in which the gradient of a step is computed, one after
+        another, to save memory. Their mean is the gradient of the batch, but for norms.
+      ema_decay: d in ema = d ema + (1 - d) params, after each step; 0: no average.
     """
 
-    def loss_fn(params, batch_stats, batch, key):
+    def forward(params, batch_stats, images, key, n_together: int):
+        if not n_together or n_together == len(images):
+            return apply_fn(params, batch_stats, images, True, key)
+        groups = images.reshape(-1, n_together, *images.shape[1:])
+
+        def apply(group, i):
+            own = jax.random.fold_in(key, i)
+            return apply_fn(params, batch_stats, group, True, own)
+
+        logits, stats = jax.vmap(apply)(groups, jnp.arange(len(groups)))
+        means = jax.tree.map(lambda s: jnp.mean(s, axis=0), stats)
+        return logits.reshape(-1, logits.shape[-1]), means
+
+    def loss_fn(params, batch_stats, batch, key, n_together: int = 0):
         images = normalize(batch["image"], mean, std)
-        logits, batch_stats = apply_fn(params, batch_stats, images, True, key)
+        logits, batch_stats = forward(params, batch_stats, images, key, n_together)
         labels = batch["label"]
         loss = cross_entropy(logits, labels, label_smoothing)
         accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
@@ -80,19 +105,59 @@ def make_steps(
             params, state.batch_stats, batch, key
         )
 
+    def of_parts(state: TrainState, batch: Batch):
+        """As `gradients`, for the batch of a step."""
+        key = jax.random.fold_in(state.key, state.step)
+        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+
+        def add(carry, part):
+            stats, sums = carry
+            own, i = part
+            key_ = key if accumulate_steps == 1 else jax.random.fold_in(key, i)
+            (loss, (stats, accuracy)), grads = gradient(
+                state.params, stats, own, key_, norm_examples
+            )
+            return (stats, jax.tree.map(jnp.add, sums, (loss, accuracy, grads))), None
+
+        if accumulate_steps == 1:
+            return gradient(state.params, state.batch_stats, batch, key, norm_examples)
+        # Each device computes a part of every part: no image leaves where it is.
+        parts = jax.tree.map(
+            lambda v: v.reshape(-1, accumulate_steps, *v.shape[1:]).swapaxes(0, 1),
+            batch,
+        )
+        zero = jnp.zeros((), jnp.float32)
+        zeros = zero, zero, jax.tree.map(jnp.zeros_like, state.params)
+        (stats, sums), _ = jax.lax.scan(
+            add, (state.batch_stats, zeros), (parts, jnp.arange(accumulate_steps))
+        )
+        loss, accuracy, grads = jax.tree.map(lambda v: v / accumulate_steps, sums)
+        return (loss, (stats, accuracy)), grads
+
+    def averaged(before: TrainState, after: TrainState) -> TrainState:
+        if not ema_decay:
+            return after
+        ema = jax.tree.map(
+            lambda old, new: ema_decay * old + (1 - ema_decay) * new,
+            before.ema,
+            after.params,
+        )
+        return after._replace(ema=masks_lib.apply(after.masks, ema))
+
     def advance(state: TrainState, method, batch: Batch, **options):
         inner, rule = method
         tx = sparsify(inner, state.masks, rule, key=state.opt_state.key)
-        (loss, (batch_stats, accuracy)), grads = gradients(state, state.params, batch)
+        (loss, (batch_stats, accuracy)), grads = of_parts(state, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, **options)
         params = optax.apply_updates(state.params, updates)
-        new = TrainState(state.step + 1, params, batch_stats, opt_state, state.key)
+        step, key, ema = state.step + 1, state.key, state.ema
+        new = TrainState(step, params, batch_stats, opt_state, key, ema)
         return new, grads, {"loss": loss, "accuracy": accuracy}
 
     def train(state: TrainState, knobs: Knobs, data: Batch, indices):
         method, batch = make_method(knobs), take(data, indices)
         new, _, metrics = advance(state, method, batch, rewire=False)
-        return new, metrics
+        return averaged(state, new), metrics
 
     def rewire(state: TrainState, knobs, data: Batch, indices, grow: Batch | None):
         inner, rule = method = make_method(knobs)
@@ -104,7 +169,7 @@ def make_steps(
         if rule.timing == "instead":
             options = {} if grow is None else {"grow_grad_fn": grow_grad_fn}
             new, _, metrics = advance(state, method, batch, rewire=True, **options)
-            return new, metrics, without_slots(state)
+            return averaged(state, new), metrics, without_slots(state)
         # What tx.update(rewire=True) does, but for the weights in between: as updates
         # they would be one more copy of the parameters.
         new, grads, metrics = advance(state, method, batch, rewire=False)
@@ -114,7 +179,7 @@ def make_steps(
             rule, inner, new.opt_state, new.params, grads
         )
         after = new._replace(params=params, opt_state=opt_state)
-        return after, metrics, without_slots(new)
+        return averaged(state, after), metrics, without_slots(new)
 
     def probe(state: TrainState, batch: Batch):
         (loss, (_, accuracy)), grads = gradients(state, state.params, batch)
@@ -128,15 +193,19 @@ def make_steps(
 
     def evaluate(state: TrainState, batch: Batch):
         images = normalize(batch["image"], mean, std)
-        logits, _ = apply_fn(state.params, state.batch_stats, images, False)
         labels, weight = batch["label"], batch["weight"]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        hits = (jnp.argmax(logits, axis=-1) == labels).astype(weight.dtype)
-        return {
-            "loss": jnp.sum(losses * weight),
-            "hits": jnp.sum(hits * weight),
-            "weight": jnp.sum(weight),
-        }
+
+        def sums(params, prefix):
+            logits, _ = apply_fn(params, state.batch_stats, images, False)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            hits = (jnp.argmax(logits, axis=-1) == labels).astype(weight.dtype)
+            return {
+                f"{prefix}loss": jnp.sum(losses * weight),
+                f"{prefix}accuracy": jnp.sum(hits * weight),
+            }
+
+        found = sums(state.params, "test_") | {"weight": jnp.sum(weight)}
+        return found | sums(state.ema, "ema_test_") if ema_decay else found
 
     return Steps(train, rewire, probe, evaluate)
 
@@ -157,13 +226,6 @@ def without_slots(state: TrainState) -> TrainState:
     """The network, with what only its training needs left out."""
     opt_state = state.opt_state._replace(rule_state=(), inner_state=())
     return state._replace(opt_state=opt_state)
-
-
-def take(data: Batch, indices: Int[Array, " b"] | None) -> Batch:
-    """The batch of some examples; None: all of them, in their order."""
-    if indices is None:
-        return data
-    return {k: jnp.take(v, indices, axis=0, mode="clip") for k, v in data.items()}
 
 
 def normalize(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from lottery_flow import checkpoint, data, feed, population, runs, train
+from lottery_flow import checkpoint, data, feed, parallel, population, runs, train
 from lottery_flow import config as config_lib
 from lottery_flow.analysis import batches as batches_lib
 from lottery_flow.analysis import objective as objective_lib
@@ -163,11 +163,12 @@ def next_rewire(study: Study) -> tuple[int, Network, Network]:
             + (f"the last one is at {due[-1] + 1}" if len(due) else "it has none")
         )
     last = int(due[due >= start][0])  # updates before the one that rewires
-    state = train.start(study.run, start, train.creation(job))
-    steps = job.make_steps()
-    pop = population.make(steps, 1, way="auto", n_devices=1, shared=True)
+    pop = population.one_by_one(
+        job.make_steps(), mesh=parallel.one_device(), shared=True
+    )
+    state = train.start(study.run, start, train.creation(job), pop.mesh)
     state, knobs = pop.join([state]), pop.join([job.knobs])
-    own = feed.Data.of(job, _load(study), pop.place)
+    own = feed.Data.of(job, _load(study), pop.mesh)
     examples = feed.steps(job, own, start)
     for _ in range(start, last):
         state, _ = pop.train(state, knobs, *next(examples))

@@ -16,8 +16,17 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from lottery_flow import checkpoint, data, metrics, population, runs
+from lottery_flow import (
+    checkpoint,
+    data,
+    metrics,
+    parallel,
+    population,
+    runs,
+    stopping,
+)
 from lottery_flow.errors import UserError
 from lottery_flow.feed import Data
 from lottery_flow.job import Job
@@ -44,12 +53,13 @@ def train(
     Args:
       started: the runs, all of the same `Job.setting`.
       tensorboard: write TensorBoard files too.
-      on_done: called for each run that reached its last step.
+      on_done: called for each run that reached its last step, in every process.
 
     Raises:
       UserError: runs that cannot be trained together; data, masks or weights that are
         missing; a damaged checkpoint; a loss that is not finite any more. A member
         that diverges does not stop the others: they are finished first.
+      Stopped: SIGTERM came; everything is saved, and the same call goes on.
     """
     shared = started[0].job.setting
     for run in started:
@@ -61,13 +71,16 @@ def train(
                 )
     dataset = started[0].job.load_data()
     results: dict[int, Result | UserError] = {}
-    for members, step in _restarts(started):
-        group = [started[i] for i in members]
-        found = _train(group, step, dataset, tensorboard)
-        for i, result in zip(members, found, strict=True):
-            results[i] = result
-            if on_done is not None and isinstance(result, Result):
-                on_done(started[i], result)
+    groups = _restarts(started)
+    parallel.barrier("read")  # before any process writes what others look for
+    with stopping.watch() as asked_to_stop:
+        for members, step in groups:
+            group = [started[i] for i in members]
+            found = _train(group, step, dataset, tensorboard, asked_to_stop)
+            for i, result in zip(members, found, strict=True):
+                results[i] = result
+                if on_done is not None and isinstance(result, Result):
+                    on_done(started[i], result)
     errors = [str(r) for r in results.values() if isinstance(r, UserError)]
     if errors:
         raise UserError("; ".join(errors))
@@ -88,12 +101,10 @@ def _restarts(started: Sequence[Run]) -> list[tuple[list[int], int]]:
 
 
 def _train(
-    members: list[Run], step: int, dataset, tensorboard: bool
+    members: list[Run], step: int, dataset, tensorboard: bool, asked_to_stop: Callable
 ) -> list[Result | UserError]:
     job = members[0].job
     create_fn = creation(job)  # compiled once for all members
-    states = [start(run, step, create_fn) for run in members]
-    steps = job.make_steps()
     shared = len({run.job.data_seed for run in members}) == 1
     streamed = isinstance(dataset, data.Images)
     if streamed and not shared:
@@ -102,20 +113,24 @@ def _train(
             "the same batches; give one data.order_seed, for instance 0"
         )
     pop = population.make(
-        steps,
+        job.make_steps(),
         len(members),
         way=job.population,
-        n_devices=job.member_devices,
+        devices=job.devices,
+        batch_size=job.batch_size,
         shared=shared,
     )
     # Whatever can fail comes before the metrics are opened, which forgets rows.
+    states = [start(run, step, create_fn, pop.mesh) for run in members]
     state = pop.join(states)
     keep = job.keep_checkpoints
     if keep and len(members) > 1:
         keep = max(keep, 2)  # a kill may leave newest checkpoints an interval apart
-    for run in members:
-        runs.claim(run.paths, run.record)
-        checkpoint.forget_after(run.paths.checkpoints, step)
+    if parallel.is_first():
+        for run in members:
+            runs.claim(run.paths, run.record)
+            checkpoint.forget_after(run.paths.checkpoints, step)
+    parallel.barrier("directories")
     with contextlib.ExitStack() as stack:
         managers = [
             stack.enter_context(checkpoint.manager(run.paths.checkpoints, keep))
@@ -123,21 +138,14 @@ def _train(
         ]
         progress = stack.enter_context(Progress(job.total_steps, step))
         writers = [
-            stack.enter_context(
-                metrics.Writer(
-                    run.paths.metrics,
-                    step or -1,  # step 0 measures its row again
-                    run.paths.tensorboard if tensorboard else None,
-                )
-            )
-            for run in members
+            stack.enter_context(_writer(run, step, tensorboard)) for run in members
         ]
         loop = Loop(
             job,
             members,
             pop,
             shared,
-            Data.of(job, dataset, pop.place),
+            Data.of(job, dataset, pop.mesh),
             managers,
             writers,
             progress,
@@ -146,6 +154,7 @@ def _train(
             chunk=1 if streamed else population.chunk_steps(job.chunk_steps),
             rewires=table(partial(is_rewire, job.rule), job),
             learning_rate=[table(run.job.learning_rate, job) for run in members],
+            asked_to_stop=asked_to_stop,
             failed={},
             drop_fraction=[
                 None if fraction is None else table(fraction, job)
@@ -159,30 +168,39 @@ def _train(
     ]
 
 
+def _writer(run: Run, step: int, tensorboard: bool) -> metrics.Writer:
+    last = step or -1  # step 0 measures its row again
+    if not parallel.is_first():
+        return metrics.Writer(None, last)
+    board = run.paths.tensorboard if tensorboard else None
+    return metrics.Writer(run.paths.metrics, last, board)
+
+
 def creation(job: Job) -> Callable:
     """`(network, rewire_key, step_key, knobs) -> state` before the first step."""
 
     def create_state(network, rewire_key, step_key, knobs):
         tx = job.make_tx(network.masks, rewire_key, knobs)
-        return create(tx, network.params, network.batch_stats, step_key)
+        ema = job.ema_decay > 0
+        return create(tx, network.params, network.batch_stats, step_key, ema=ema)
 
     return jax.jit(create_state)
 
 
-def start(run: Run, step: int, create_fn: Callable) -> TrainState:
+def start(run: Run, step: int, create_fn: Callable, mesh: Mesh) -> TrainState:
     """The state of a run at a step that it has a checkpoint of, or before the first."""
     job, directory = run.job, run.paths.checkpoints
     own = job.rewire_key, job.step_key, job.knobs
     if not checkpoint.steps_in(directory):
-        return create_fn(job.make_network(), *own)
+        state = create_fn(job.make_network(), *own)
+        return parallel.put(state, parallel.state_shardings(mesh, state))
     # Its masks say which leaves are sparse, so that a run goes on even if the run
     # that its masks came from is gone.
     _LOG.info("going on from the checkpoint of step %d", step)
     _, network = checkpoint.restore_network(directory, step)
     with checkpoint.manager(directory, read_only=True) as manager:
-        return checkpoint.restore(
-            manager, step, jax.eval_shape(create_fn, network, *own)
-        )
+        like = jax.eval_shape(create_fn, network, *own)
+        return checkpoint.restore(manager, step, parallel.state_like(mesh, like))
 
 
 def table(schedule: Callable, job: Job) -> np.ndarray:

@@ -130,11 +130,24 @@ def in_process(*args: str, module: types.ModuleType = main) -> Outcome:
 
 
 @contextlib.contextmanager
-def process(*args: str, **kwargs: object) -> Iterator[subprocess.Popen]:
-    """The program as a process, which is dead when the context ends."""
+def process(
+    *args: str, n_devices: int | None = None, **kwargs: object
+) -> Iterator[subprocess.Popen]:
+    """The program as a process, which is dead when the context ends.
+
+    Args:
+      args: the command line.
+      n_devices: simulated devices; None: as many as here.
+      kwargs: to `subprocess.Popen`.
+    """
     command = [sys.executable, "-m", "lottery_flow.main", *args]
     environment = os.environ | {k: str(v) for k, v in CACHE.items()}
     environment |= {"JAX_PLATFORMS": "cpu"}
+    if n_devices is not None:
+        flags_ = environment["XLA_FLAGS"].split()
+        count = "--xla_force_host_platform_device_count"
+        own = [flag for flag in flags_ if not flag.startswith(count)]
+        environment["XLA_FLAGS"] = " ".join([f"{count}={n_devices}", *own])
     with subprocess.Popen(command, cwd=ROOT, env=environment, **kwargs) as started:
         try:
             yield started

@@ -9,9 +9,10 @@ import pytest
 import run_cli
 from populations import ROUNDING, alone, assert_same, leaves, started
 
-from lottery_flow import checkpoint, population
+from lottery_flow import checkpoint, parallel, population
 from lottery_flow.errors import UserError
 from lottery_flow.loop import Result
+from lottery_flow.parallel import Devices
 from lottery_flow.state import create
 from lottery_flow.steps import make_steps
 from lottery_flow.train import train
@@ -180,7 +181,14 @@ def compiled(jobs, *, how: str, n_devices: int = 0, shared: bool = False):
     """The population of some jobs, its state, knobs, data and indices."""
     job = jobs[0]
     steps = make_steps(job.model.apply, job.make_method, job.spec.mean, job.spec.std)
-    pop = population.make(steps, len(jobs), way=how, n_devices=n_devices, shared=shared)
+    pop = population.make(
+        steps,
+        len(jobs),
+        way=how,
+        devices=Devices(member=n_devices),
+        batch_size=job.batch_size,
+        shared=shared,
+    )
     states = []
     for own in jobs:
         network = own.make_network()
@@ -190,7 +198,13 @@ def compiled(jobs, *, how: str, n_devices: int = 0, shared: bool = False):
     data = {"image": dataset.train_images, "label": dataset.train_labels}
     indices = np.zeros((len(jobs), job.batch_size), np.int32)
     knobs = pop.join([own.knobs for own in jobs])
-    return pop, pop.join(states), knobs, pop.place(data), indices
+    return (
+        pop,
+        pop.join(states),
+        knobs,
+        parallel.put(data, parallel.sharding(pop.mesh)),
+        indices,
+    )
 
 
 def hlo(sparsity__rule: str, what: str) -> str:
@@ -240,4 +254,11 @@ def test_more_devices_than_there_are():
     job = run_cli.small_job()
     steps = make_steps(job.model.apply, job.make_method, job.spec.mean, job.spec.std)
     with pytest.raises(UserError, match=r"member_devices=16: there are 8 devices"):
-        population.make(steps, n, way="together", n_devices=devices, shared=False)
+        population.make(
+            steps,
+            n,
+            way="together",
+            devices=Devices(member=devices),
+            batch_size=16,
+            shared=False,
+        )

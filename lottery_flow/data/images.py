@@ -167,9 +167,9 @@ def open_folder(directory: str, size: int) -> Images:
 
 
 def synthetic(
-    size: int, n_classes: int = 1000, n_train: int = 1_281_167, n_test: int = 50_000
+    size: int, n_classes: int = 1000, n_train: int = 1_281_167, n_test: int = 1000
 ) -> Images:
-    """Noise of the shape and number of ImageNet, for measuring speed alone."""
+    """Noise of the shapes of ImageNet, for measuring speed: few images to test on."""
     spec = _spec("synthetic", size, n_classes, n_train, n_test)
     return Images(spec, _Noise(spec, n_train, 0), _Noise(spec, n_test, 1))
 

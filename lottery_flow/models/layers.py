@@ -44,6 +44,15 @@ def check_widths(widths: Sequence[Any], n: int | None = None) -> None:
         )
 
 
+def block(module: type[nn.Module], remat: bool) -> Callable[..., nn.Module]:
+    """A module that is called as `(x, train)`, computed again for its gradient.
+
+    Only its input is kept then, not what is inside (Chen et al. 2016, arXiv
+    1604.06174). Without `remat` the module as it is.
+    """
+    return nn.remat(module, static_argnums=(2,)) if remat else module
+
+
 class Conv(nn.Module):
     """A convolution of images: `nn.Conv`, with a choice of how it is computed.
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lottery_flow.models.fixup import FixupBlock, branch, fixup_head, shifted
-from lottery_flow.models.layers import Conv
+from lottery_flow.models.layers import Conv, block
 
 NORMS = ("batch", "fixup")
 
@@ -120,6 +120,7 @@ class ResNet(nn.Module):
       width: multiplies every number of channels; rounded down.
       dtype: of the convolutions and their outputs; parameters, normalisation and
         logits are float32.
+      remat: compute blocks again for their gradients, see `layers.block`.
       kernel_init: of the convolutions.
       lowering: of the convolutions, see `layers.Conv`.
     """
@@ -132,6 +133,7 @@ class ResNet(nn.Module):
     norm: str = "batch"
     width: float = 1.0
     dtype: Any = jnp.float32
+    remat: bool = False
     kernel_init: Callable = he_fan_out
     lowering: str = "auto"
 
@@ -149,19 +151,19 @@ class ResNet(nn.Module):
         x = nn.relu(x)
         if not self.small_images:
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
-        block: Callable = Block
-        if fixup:
-            block = partial(FixupBlock, n_blocks=sum(self.n_blocks))
+        options = {"n_blocks": sum(self.n_blocks)} if fixup else {}
+        make = block(FixupBlock if fixup else Block, self.remat)
         for i, n_blocks in enumerate(self.n_blocks):
             inner = scaled(self.first * 2**i, self.width)
             outer = scaled(4 * self.first * 2**i, self.width)
             for j in range(n_blocks):
-                x = block(
+                x = make(
                     channels=outer if self.bottleneck else inner,
                     inner=inner if self.bottleneck else None,
                     stride=2 if i > 0 and j == 0 else 1,
                     conv=conv,
                     name=f"stage{i + 1}_block{j + 1}",
+                    **options,
                 )(x, train)
         return fixup_head(self, x) if fixup else head(x, self.n_classes)
 

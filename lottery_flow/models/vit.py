@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lottery_flow.models.layers import Conv
+from lottery_flow.models.layers import Conv, block
 
 _NORMAL = nn.initializers.normal
 
@@ -48,7 +48,10 @@ class EncoderBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    def __call__(
+        self, x: Float[Array, "b n d"], train: bool = False
+    ) -> Float[Array, "b n d"]:
+        del train  # the same in evaluation
         d = x.shape[-1]
         y = _normalize(x, "norm1")
         x = x + Attention(self.n_heads, self.dtype, name="attention")(y)
@@ -67,6 +70,7 @@ class ViT(nn.Module):
       width: multiplies the 64 dimensions of a head; rounded down.
       dtype: of the dense layers and their outputs; parameters, normalisation and logits
         are float32.
+      remat: compute blocks again for their gradients, see `layers.block`.
       lowering: of the convolution that makes the patches, see `layers.Conv`.
     """
 
@@ -76,13 +80,13 @@ class ViT(nn.Module):
     depth: int = 12
     width: float = 1.0
     dtype: Any = jnp.float32
+    remat: bool = False
     lowering: str = "auto"
 
     @nn.compact
     def __call__(
         self, images: Float[Array, "b h w c"], train: bool = False
     ) -> Float[Array, "b n_classes"]:
-        del train  # the same in evaluation
         b, height, width, _ = images.shape
         if height % self.patch or width % self.patch:
             raise ValueError(
@@ -105,7 +109,8 @@ class ViT(nn.Module):
         positions = self.param("position_embedding", _NORMAL(0.02), shape, jnp.float32)
         x = x + positions.astype(x.dtype)[None]
         for i in range(1, self.depth + 1):
-            x = EncoderBlock(self.n_heads, self.dtype, name=f"block{i}")(x)
+            make = block(EncoderBlock, self.remat)
+            x = make(self.n_heads, self.dtype, name=f"block{i}")(x, train)
         x = _normalize(x, "norm")[:, 0].astype(jnp.float32)
         return nn.Dense(self.n_classes, kernel_init=_NORMAL(0.01), name="fc")(x)
 

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lottery_flow.models.layers import block
 from lottery_flow.models.resnet import he_fan_out, head, normalize, scaled, unbiased
 
 
@@ -57,6 +58,7 @@ class WideResNet(nn.Module):
       width: multiplies every number of channels, the first layer's too; rounded down.
       dtype: of the convolutions and their outputs; parameters, normalisation and
         logits are float32.
+      remat: compute blocks again for their gradients, see `layers.block`.
       kernel_init: of the convolutions.
       lowering: of the convolutions, see `layers.Conv`.
     """
@@ -66,6 +68,7 @@ class WideResNet(nn.Module):
     widen: int
     width: float = 1.0
     dtype: Any = jnp.float32
+    remat: bool = False
     kernel_init: Callable = he_fan_out
     lowering: str = "auto"
 
@@ -79,7 +82,7 @@ class WideResNet(nn.Module):
         x = conv(scaled(16, self.width), (3, 3), 1, 1, name="conv1")(images)
         for i in range(3):
             for j in range((self.depth - 4) // 6):
-                x = WideBlock(
+                x = block(WideBlock, self.remat)(
                     channels=scaled(16 * 2**i * self.widen, self.width),
                     stride=2 if i > 0 and j == 0 else 1,
                     conv=conv,
