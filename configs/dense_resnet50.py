@@ -3,7 +3,7 @@
     python -m lottery_flow.main --config=configs/dense_resnet50.py
     python -m lottery_flow.main --config=configs/dense_resnet50.py:smoke
 
- ImageNet is read from TFDS, `smoke` is a narrow network on noise.
+ImageNet is read from TFDS, `smoke` is a narrow network on noise.
 Settings: those of the paper's released code.
 Not yet run at full length; 32,000 steps of 4096 images.
 """

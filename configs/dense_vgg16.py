@@ -3,7 +3,7 @@
     python -m lottery_flow.main --config=configs/dense_vgg16.py
     python -m lottery_flow.main --config=configs/dense_vgg16.py:smoke
 
- ImageNet is read from TFDS, `smoke` is a narrow network on noise.
+ImageNet is read from TFDS, `smoke` is a narrow network on noise.
 Settings: those of the paper's released code, where it has them.
 Not yet run at full length; 128,000 steps of 1024 images.
 """

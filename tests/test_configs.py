@@ -46,7 +46,7 @@ def test_there_is_a_config_for_each_method_and_network():
     methods = ("dense", "small_dense", "scratch", "lottery", "prune", *RULES)
     wanted = {f"{m}_{n}" for m in methods for n in ("lenet5", "mlp")}
     assert wanted == set(PAPER)
-    for network in ("resnet50", "vgg16"):
+    for network in ("resnet50", "vgg16", "wrn22_2", "resnet20"):
         assert {f"{m}_{network}" for m in methods} <= set(NAMES)
     assert "quickstart" in NAMES
 
@@ -125,6 +125,33 @@ def test_hyper_parameters_for_imagenet(name):
         assert sparsity.dense_layers == ("" if vgg else "conv1")
 
 
+CIFAR = [name for name in NAMES if re.search("wrn22_2$|resnet20$", name)]
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_hyper_parameters_for_cifar(name):
+    config, wide = get_config(name), name.endswith("wrn22_2")
+    optim, sparsity = config.optim, config.sparsity
+    assert (config.data.name, config.data.augment) == ("cifar10", "crop_flip")
+    assert (config.train.batch_size, optim.learning_rate) == (128, 0.1)
+    assert (optim.name, optim.momentum, optim.nesterov) == ("momentum", 0.9, wide)
+    found = config.train.total_steps, optim.milestone_steps, optim.decay_factor
+    assert found == (
+        (97_656, (30_000, 60_000, 90_000), 0.2)
+        if wide
+        else (64_000, (32_000, 48_000), 0.1)
+    )
+    assert optim.weight_decay == (5e-4 if wide else 1e-4)
+    if name.startswith(RULES):
+        assert (sparsity.begin_steps, sparsity.interval_steps) == (0, 100)
+        assert sparsity.end_steps == (75_000 if wide else 48_000)
+    if name.startswith("prune"):
+        ticket = get_config(name.replace("prune", "lottery"))
+        assert ticket.sparsity.weights_step % config.train.checkpoint_every_steps == 0
+    if "dense" not in name:
+        assert (sparsity.sparsity, sparsity.dense_layers) == (0.9, "conv1")
+
+
 def test_the_rate_falls_at_the_milestones():
     rate = build(get_config("rigl_resnet50"), 0).learning_rate
     for step, before, after in ((9383, 1.6, 0.16), (21_894, 0.16, 0.016)):
@@ -178,9 +205,10 @@ def abstract_run(job):
 
 # Others of the large networks differ from these as those of the small ones do.
 BUILT = {"rigl_resnet50", "prune_vgg16", "small_dense_vgg16"}
+BUILT |= {"rigl_wrn22_2", "small_dense_wrn22_2", "small_dense_resnet20"}
 
 
-@pytest.mark.parametrize("name", sorted(BUILT.union(NAMES) - (set(IMAGENET) - BUILT)))
+@pytest.mark.parametrize("name", sorted(BUILT.union(PAPER, ["quickstart"])))
 def test_the_full_size_builds_without_data(name):
     job = build(get_config(name), 0)
     state, measured, before = abstract_run(job)
@@ -191,11 +219,15 @@ def test_the_full_size_builds_without_data(name):
         "small_dense_lenet5": 2_399,
         "small_dense_mlp": 6_442,
         "small_dense_vgg16": 3_040_100 + 1000,
+        # A tenth of the kernels but the first, of 1,079,642 and 272,474.
+        "small_dense_wrn22_2": 110_262,
+        "small_dense_resnet20": 29_154,
     }
     n_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     whole = {"lenet5": 44_426, "mlp": 266_610, "quickstart": 44_426}
-    whole |= {"resnet50": 25_557_032, "vgg16": 15_223_464, "imagenette": 2_801_450}
-    assert n_parameters == small.get(name, whole[name.split("_")[-1]])
+    whole |= {"resnet50": 25_557_032, "vgg16": 15_223_464, "wrn22_2": 1_079_642}
+    network = re.sub(".*(dense|prune|lottery|scratch|set|rigl|inverted)_", "", name)
+    assert n_parameters == (small.get(name) or whole[network])
     assert measured["loss"].shape == ()
     n_masks = len(jax.tree.leaves(state.opt_state.masks))
     assert (n_masks == 0) == ("dense" in name)
@@ -226,8 +258,8 @@ def smoked(tmp_path_factory):
 # The methods left out of one of the small networks run on the other; the large ones
 # take minutes to compile.
 LEFT_OUT = (
-    "(dense|small|set|rigl_inv).*lenet5|(prune|lottery|scratch)_mlp"
-    "|.*(50|vgg16|imagenette)$"
+    "(dense|small|set|rigl_inv).*lenet5|(prune|lottery|scratch)_mlp|.*(50|vgg16)$"
+    "|.*(wrn22_2|imagenette)$|(?!rigl_resnet20).*resnet20$"
 )
 SMOKED = [name for name in NAMES if not re.match(LEFT_OUT, name)]
 

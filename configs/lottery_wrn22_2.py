@@ -1,0 +1,27 @@
+"""WRN-22-2 on CIFAR-10: a lottery ticket (pruned masks, early weights).
+
+    python -m lottery_flow.main --config=configs/lottery_wrn22_2.py \
+        --config.sparsity.masks_from=RUN
+    python -m lottery_flow.main --config=configs/lottery_wrn22_2.py:smoke
+
+90 % sparsity, uniform, the first layer dense. RUN is the seed directory of a run of
+prune_wrn22_2; without it the masks are random. The weights are those of an early step
+of the same run (late rewinding), 2,000 by default: --config.sparsity.weights_step.
+CIFAR-10 is read from TFDS, with random crops and flips; `smoke` is a narrow network on
+the digits.
+Settings: those for wide residual networks in the paper's released code.
+Not yet run at full length; 97,656 steps of 128 images.
+"""
+
+from ml_collections import ConfigDict
+
+from lottery_flow.config import cifar_wrn22_2, finish
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = cifar_wrn22_2("lottery_wrn22_2")
+    config.sparsity.sparsity = 0.9
+    config.sparsity.dense_layers = "conv1"
+    config.sparsity.weights_from = config.sparsity.get_ref("masks_from")
+    config.sparsity.weights_step = 2000
+    return finish(config, arg)

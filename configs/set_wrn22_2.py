@@ -1,0 +1,24 @@
+"""WRN-22-2 on CIFAR-10: SET.
+
+    python -m lottery_flow.main --config=configs/set_wrn22_2.py \
+        --config.sparsity.masks_from=RUN
+    python -m lottery_flow.main --config=configs/set_wrn22_2.py:smoke
+
+90 % sparsity, uniform, the first layer dense. RUN is the seed directory of a run of
+prune_wrn22_2; without it the masks are random. CIFAR-10 is read from TFDS, with random
+crops and flips; `smoke` is a narrow network on the digits.
+Settings: those for wide residual networks in the paper's released code.
+Not yet run at full length; 97,656 steps of 128 images.
+"""
+
+from ml_collections import ConfigDict
+
+from lottery_flow.config import cifar_wrn22_2, finish
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = cifar_wrn22_2("set_wrn22_2")
+    config.sparsity.rule = "set"
+    config.sparsity.sparsity = 0.9
+    config.sparsity.dense_layers = "conv1"
+    return finish(config, arg)
