@@ -83,12 +83,12 @@ def network(*, norm: bool = False, activation=nn.tanh, seed: int = 0) -> Network
 def dense_hessian(loss_fn, params, masks, batches):
     """Of the mean over all batches, by jax.hessian on all parameters; then cut."""
     n = batches_lib.total(batches)
-
-    def total(p):
-        return sum(loss_fn(p, b) * (batches_lib.size(b) / n) for b in batches)
-
     flat, unravel = jax.flatten_util.ravel_pytree(params)
-    full = np.asarray(jax.jit(jax.hessian(lambda x: total(unravel(x))))(flat))
+    # Compiled for each size of a batch, not for each batch.
+    of_batch = jax.jit(jax.hessian(lambda x, batch: loss_fn(unravel(x), batch)))
+    full = sum(
+        np.asarray(of_batch(flat, b)) * (batches_lib.size(b) / n) for b in batches
+    )
     active = jax.tree.map(
         lambda m, p: np.ones(p.shape, bool) if m is None else np.asarray(m),
         masks,

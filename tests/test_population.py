@@ -1,6 +1,7 @@
 """Members trained together equal the same runs trained alone."""
 
 import itertools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,10 @@ def _promotion():
     with jax.numpy_dtype_promotion("standard"):
         yield
 
+
+# A checkpoint takes a tenth of a second: fewer where they are not what is looked at.
+FEW = {"train__checkpoint_every_steps": 12}
+SHORT = {"train__total_steps": 4, "train__checkpoint_every_steps": 4}  # one rewire
 
 TABLE = {
     "static_momentum": {"optim__name": "momentum", "train__seeds": (0, 1)},
@@ -55,18 +60,31 @@ TABLE = {
 }
 
 
+def pair(root: Path, name: str, **fields: object) -> list:
+    """Two members of a row of the table, which differ in all that it varies."""
+    runs = started(root, **TABLE[name], **FEW, **fields)
+    return [runs[0], runs[-1]]
+
+
 @pytest.fixture(scope="module")
 def singles(tmp_path_factory):
-    """name -> results of the members of a row of the table, each trained alone."""
+    """name -> results of the pair of a row of the table, each trained alone."""
     done = {}
 
     def get(name: str) -> list[Result]:
         if name not in done:
             root = tmp_path_factory.mktemp(name)
-            done[name] = alone(root, **TABLE[name])
+            done[name] = [train([run])[0] for run in pair(root, name)]
         return done[name]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory, _promotion) -> Result:
+    """The run of the small configuration as it is."""
+    (found,) = alone(tmp_path_factory.mktemp("single"), **FEW)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -80,21 +98,21 @@ def singles(tmp_path_factory):
     ],
 )
 def test_a_member_equals_its_single_run(singles, tmp_path, name, how, chunk):
-    fields = TABLE[name] | {"train__population": how, "train__chunk_steps": chunk}
-    found = train(started(tmp_path, **fields))
+    fields = {"train__population": how, "train__chunk_steps": chunk}
+    found = train(pair(tmp_path, name, **fields))
     expected = singles(name)
-    assert len(found) == len(expected) >= 2
+    assert len(found) == len(expected) == 2
     rtol = 0.0 if (how, chunk) == ("one_by_one", 1) else ROUNDING
     for mine, theirs in zip(found, expected, strict=True):
         assert_same(mine, theirs, rtol)
     # And members differ, or the test would say nothing.
-    for a, b in itertools.combinations(found, 2):
-        assert any((x != y).any() for x, y in zip(leaves(a), leaves(b), strict=True))
+    both = zip(*map(leaves, found), strict=True)
+    assert any((x != y).any() for x, y in both)
 
 
 def test_members_over_eight_devices(tmp_path):
     fields = {"train__seeds": tuple(range(8)), "sparsity__rule": "rigl"}
-    fields |= {"train__population": "together"}
+    fields |= {"train__population": "together", **SHORT}
     expected = train(started(tmp_path / "one", train__member_devices=1, **fields))
     found = train(started(tmp_path / "eight", train__member_devices=8, **fields))
     for mine, theirs in zip(found, expected, strict=True):
@@ -111,23 +129,22 @@ def test_the_members_lie_on_their_devices():
     assert state.step.shape == ()
 
 
-@pytest.mark.parametrize("how", ["one_by_one", "together"])
-def test_members_with_one_order_of_the_examples(tmp_path, how):
-    fields = {"train__seeds": (0, 1), "data__order_seed": 7}
+def test_members_with_one_order_of_the_examples(single, tmp_path):
+    fields = {"train__seeds": (0, 1), "data__order_seed": 7, **FEW}
     expected = alone(tmp_path / "alone", **fields)
-    found = train(started(tmp_path / how, train__population=how, **fields))
-    for mine, theirs in zip(found, expected, strict=True):
-        assert_same(mine, theirs, 0.0 if how == "one_by_one" else ROUNDING)
-    other = alone(tmp_path / "own", train__seeds=(0,))
-    assert other[0].rows[-1]["loss"] != expected[0].rows[-1]["loss"]
+    for how, rtol in (("one_by_one", 0.0), ("together", ROUNDING)):
+        found = train(started(tmp_path / how, train__population=how, **fields))
+        for mine, theirs in zip(found, expected, strict=True):
+            assert_same(mine, theirs, rtol)
+    assert single.rows[-1]["loss"] != expected[0].rows[-1]["loss"]
 
 
 def test_each_member_takes_the_masks_of_its_own_seed(tmp_path):
-    pruned = {"sparsity__rule": "rigl", "train__seeds": (0, 1)}
+    pruned = {"sparsity__rule": "rigl", "train__seeds": (0, 1), **SHORT}
     sources = train(started(tmp_path, **pruned))
     for i in (0, 1):
         (tmp_path / f"run_{i}").rename(tmp_path / f"seed_{i}")
-    fields = {"sparsity__masks_from": str(tmp_path / "seed_{seed}")}
+    fields = {"sparsity__masks_from": str(tmp_path / "seed_{seed}"), **SHORT}
     found = train(started(tmp_path / "new", train__seeds=(0, 1), **fields))
     for mine, theirs in zip(found, sources, strict=True):
         for a, b in zip(
@@ -145,25 +162,24 @@ def test_a_rule_on_a_network_without_masks(tmp_path):
     assert result.rows[-1]["density"] == 1.0
 
 
-def test_a_sweep_of_one_seed_has_the_bits_of_single_runs(tmp_path):
-    fields = {"train__vary": "optim.learning_rate=0.05|0.1"}
-    expected = alone(tmp_path / "alone", **fields)
-    found = train(started(tmp_path / "both", **fields))
-    for mine, theirs in zip(found, expected, strict=True):
+def test_a_sweep_of_one_seed_has_the_bits_of_single_runs(single, tmp_path):
+    rates = {"train__vary": "optim.learning_rate=0.05|0.1"}
+    found = train(started(tmp_path / "both", **rates, **FEW))
+    fast = alone(tmp_path / "alone", optim__learning_rate=0.1, **FEW)
+    for mine, theirs in zip(found, [single, *fast], strict=True):
         assert_same(mine, theirs)
 
 
-def test_a_member_that_diverges_is_named_and_stops_no_other(tmp_path):
+def test_a_member_that_diverges_is_named_and_stops_no_other(single, tmp_path):
     fields = {"train__vary": "optim.learning_rate=0.05|1e30"}
     cut = started(tmp_path, **fields)
     done = []
     with pytest.raises(UserError, match=r"run_1 is (nan|inf) at step \d+.*diverged"):
         train(cut, on_done=lambda run, result: done.append((run, result)))
     # The other one is finished, with the result that it has alone.
-    (expected,) = alone(tmp_path / "alone")
     ((run, result),) = done
     assert run.paths == cut[0].paths
-    assert_same(result, expected)
+    assert_same(result, single)
     assert checkpoint.steps_in(cut[0].paths.checkpoints) == [0, 6, 12]
     assert checkpoint.steps_in(cut[1].paths.checkpoints) == [0]
 
