@@ -21,8 +21,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.width = 0.5
     config.model.init = "module"
     config.data.name = "imagenette/160px-v2"
-    # `smoke` takes the digits, which have a size of their own.
-    config.data.image_size = 0 if "smoke" in arg.split(",") else 64
+    config.data.image_size = 64
     config.optim.name = "momentum"
     config.optim.nesterov = True
     config.optim.learning_rate = 0.05

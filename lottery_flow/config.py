@@ -339,6 +339,7 @@ def _shrink(config: ConfigDict) -> None:
         config.eval.batch_size = 500
     else:
         config.data.name = "digits"
+        config.data.image_size = 0  # they have a size of their own
     config.data.dir = ""
     if config.model.name not in ("lenet5", "mlp"):
         config.model.width = 1 / 16
