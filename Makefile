@@ -12,7 +12,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/python -m lottery_flow.main --config=configs/quickstart.py --workdir=runs
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

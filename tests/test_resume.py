@@ -104,7 +104,8 @@ def runs(tmp_path_factory) -> tuple[Path, Path, list[str]]:
     pruned = run_cli.flag_list("scratch_mlp:smoke", root / "pruned", **fields)
     assert run_cli.in_process(*pruned).status == 0
     source = run_cli.run_directory(root / "pruned")
-    finish(command(root / "whole", source))
+    # Processes of their own have the bits of this one.
+    assert run_cli.in_process(*command(root / "whole", source)).status == 0
 
     victim = Victim(root / "killed", source)
     victim.kill_before_the_first_checkpoint()

@@ -324,8 +324,9 @@ def test_a_run_trains_on_smoothed_targets_and_evaluates_on_plain_ones():
     images, labels = digits_.train_images[:50], digits_.train_labels[:50]
     batch = {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
     steps = job.make_steps()
-    probed = steps.probe(state, batch)["probe_loss"]
-    sums = steps.evaluate(state, batch | {"weight": jnp.ones(50, jnp.float32)})
+    probed = jax.jit(steps.probe)(state, batch)["probe_loss"]
+    weighted = batch | {"weight": jnp.ones(50, jnp.float32)}
+    sums = jax.jit(steps.evaluate)(state, weighted)
     normal = normalize(batch["image"], (0.0,), (1.0,))
     logits, _ = job.model.apply(sure, {}, normal, False)
     log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)

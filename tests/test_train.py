@@ -1,5 +1,6 @@
 """Whole runs of the host loop: rows, seeds, and what passes through."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import flax.linen as nn
@@ -93,15 +94,26 @@ def test_the_norm_after_a_rewire_is_that_of_its_row(rigl):
             assert row["gradient_norm_after"] == row["gradient_norm"]
 
 
+ONE_REWIRE = {
+    "train__total_steps": 6,
+    "train__log_every_steps": 1,
+    "sparsity__begin_steps": 4,
+    "sparsity__interval_steps": 100,
+}
+
+
+@pytest.fixture(scope="module")
+def never(tmp_path_factory, _promotion) -> list[metrics.Row]:
+    """The rows of the run that does not rewire."""
+    root = tmp_path_factory.mktemp("never")
+    return run(root, sparsity__rule="static", **ONE_REWIRE).rows
+
+
 @pytest.mark.parametrize("timing", ["after", "instead"])
-def test_the_norm_before_a_rewire_is_that_without_it(tmp_path, timing):
-    fields = {"sparsity__rule": "rigl", "train__total_steps": 6}
-    fields |= {"sparsity__begin_steps": 4, "sparsity__interval_steps": 100}
-    fields |= {"train__log_every_steps": 1, "sparsity__timing": timing}
-    rows = run(tmp_path / "rewired", **fields).rows
+def test_the_norm_before_a_rewire_is_that_without_it(never, tmp_path, timing):
+    fields = {"sparsity__rule": "rigl", "sparsity__timing": timing}
+    rows = run(tmp_path, **fields, **ONE_REWIRE).rows
     (rewired,) = (row for row in rows if "gradient_norm_before" in row)
-    fields["sparsity__rule"] = "static"
-    never = run(tmp_path / "never", **fields).rows
     # Timing 'instead' spends update 5, and the gradient step of update 4 comes first.
     step = 4
     assert rewired["step"] == (4 if timing == "after" else 5)
@@ -189,36 +201,41 @@ class Normalized(nn.Module):
         return nn.Dense(self.n_classes, name="fc2")(x)
 
 
-@pytest.fixture
-def normalized(monkeypatch) -> dict:
-    monkeypatch.setitem(models.MODELS, "normalized", Normalized)
-    return {"model__name": "normalized", "model__widths": ()}
+NORMALIZED = {"model__name": "normalized", "model__widths": ()}
 
 
-def test_batch_norm_and_dropout_pass_through(tmp_path, normalized):
-    result = run(tmp_path / "whole", **normalized)
+@pytest.fixture(scope="module")
+def normalized(tmp_path_factory, _promotion) -> Iterator[tuple[Path, Result]]:
+    root = tmp_path_factory.mktemp("normalized")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.MODELS, "normalized", Normalized)
+        yield root / "run", run(root, **NORMALIZED)
+
+
+def test_batch_norm_and_dropout_pass_through(normalized, tmp_path):
+    path, result = normalized
     stats = result.state.batch_stats["norm"]
     assert set(stats) == {"mean", "var"}
     assert np.abs(stats["mean"]).max() > 0
-    _, first = checkpoint.restore_network(tmp_path / "whole/run/checkpoints", 0)
+    _, first = checkpoint.restore_network(path / "checkpoints", 0)
     np.testing.assert_array_equal(first.batch_stats["norm"]["mean"], np.zeros(5))
-    _, last = checkpoint.restore_network(tmp_path / "whole/run/checkpoints")
+    _, last = checkpoint.restore_network(path / "checkpoints")
     np.testing.assert_array_equal(last.batch_stats["norm"]["mean"], stats["mean"])
     # Their scale and bias are vectors: dense, and not decayed.
     assert masks_lib.named_leaves(result.state.masks)["norm/scale"] is None
     # The same run stopped in the middle: dropout, too, goes on as it was.
-    half = run_cli.small_job(**normalized)
-    paths = runs.RunPaths(tmp_path / "half" / "run")
+    half = run_cli.small_job(**NORMALIZED)
+    paths = runs.RunPaths(tmp_path / "run")
     train([Run(half._replace(total_steps=6), paths, {"seed": 0})])
     (resumed,) = train([Run(half, paths, {"seed": 0})])
     assert bits(resumed) == bits(result)
     assert resumed.rows == result.rows
 
 
-def test_statistics_come_with_the_weights_of_another_run(tmp_path, normalized):
-    run(tmp_path, **normalized)
-    fields = normalized | {"sparsity__weights_from": str(tmp_path / "run")}
+def test_statistics_come_with_the_weights_of_another_run(normalized):
+    path, _ = normalized
+    fields = NORMALIZED | {"sparsity__weights_from": str(path)}
     job = run_cli.small_job(1, sparsity__weights_step=12, **fields)
-    _, last = checkpoint.restore_network(tmp_path / "run" / "checkpoints")
+    _, last = checkpoint.restore_network(path / "checkpoints")
     found = job.make_network().batch_stats["norm"]["mean"]
     np.testing.assert_array_equal(found, last.batch_stats["norm"]["mean"])

@@ -17,11 +17,10 @@ from lottery_flow.analysis.active import active_space
     ("norm", "activation", "options"),
     [
         (False, nn.tanh, {}),
-        (True, nn.relu, {}),
         (True, nn.relu, {"norms": "batch", "weight_decay": 0.3}),
         (True, nn.relu, {"weight_decay": 0.3}),
     ],
-    ids=["smooth", "relu", "batch", "decay"],
+    ids=["smooth", "batch", "decay"],
 )
 def test_it_equals_the_dense_hessian(norm, activation, options):
     with jax.enable_x64(True):
@@ -30,7 +29,9 @@ def test_it_equals_the_dense_hessian(norm, activation, options):
         batches = batches_lib.split(net.data, 4)
         args = net.params, net.masks, batches
         found = spectrum.hessian_matrix(objective, *args, block=7)
-        wanted = dense_hessian(objective.loss, *args)
+        # All at once, where that has the same loss.
+        whole = batches if options.get("norms") == "batch" else [net.data]
+        wanted = dense_hessian(objective.loss, net.params, net.masks, whole)
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12)
         np.testing.assert_array_equal(found, found.T)
 
