@@ -5,8 +5,9 @@
 80 % sparsity, Erdos-Renyi-Kernel, from random masks; images of ten classes, 9,469 of
 them, at 64 x 64, in five epochs: small enough for a CPU. The dense network of the same
 size: --config.sparsity.rule=static --config.sparsity.sparsity=0.0
-Not yet run to its end. A step takes 1.3 to 1.4 s of processor time on two cores of a
-shared x86-64 machine, beside much other work (jax 0.10.2).
+Test accuracy 9.3 % at first, 33.5, 47.7, 53.7, 61.2 and 62.5 % after each epoch
+(seed 0; images resized to 160 x 160 and compressed anew before), in 18 minutes on two
+cores of a shared x86-64 machine beside other work (jax 0.10.2).
 """
 
 from ml_collections import ConfigDict
