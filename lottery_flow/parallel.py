@@ -152,6 +152,12 @@ def make_mesh(n_members: int, batch_size: int, asked: Devices) -> Mesh:
     devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))[:used]
     if used > 1:
         _LOG.info("devices: %s", ", ".join(map("{} {}".format, AXES, shape)))
+    if not asked.data and used < free:
+        _LOG.warning(
+            "%d of %d devices have nothing to do; a multiple of %d as "
+            "train.batch_size would occupy them",
+            *(free - used, free, free // member),
+        )
     return Mesh(np.array(devices).reshape(shape), AXES)
 
 

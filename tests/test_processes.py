@@ -158,9 +158,9 @@ def test_a_lost_process_ends_the_other_and_both_go_on(stopped, victim):
         assert time.monotonic() - killed < LOST_WITHIN
     log = log_of(workdir, 1 - victim).read_text()
     assert f"going on from the checkpoint of step {before}" in log
-    # The first one lost, JAX itself ends the others.
-    assert status == AGAIN if victim else status != 0
-    assert ("lost another one" if victim else "another task died") in log
+    # JAX itself ends them where its client notices first.
+    assert status != 0
+    assert "lost another one" in log or "another task died" in log
 
 
 def newest(workdir: Path) -> int:

@@ -14,6 +14,8 @@ from lottery_flow import augment, checkpoint, models
 from lottery_flow.data import arrays
 from lottery_flow.errors import UserError
 from lottery_flow.models.resnet import ResNet
+from lottery_flow.models.vit import ViT
+from lottery_flow.models.wide_resnet import WideResNet
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.sparsity import rules
 from lottery_flow.sparsity.transform import sparsify
@@ -21,7 +23,9 @@ from lottery_flow.state import create
 from lottery_flow.steps import make_steps
 from lottery_flow.train import train
 
-MODEL = models.create("resnet20", (8, 8, 3), 5, width=1 / 4)
+MODEL = models.from_module(
+    ResNet(5, n_blocks=(1, 1), bottleneck=False, first=4, small_images=True), (8, 8, 3)
+)
 MEAN, STD = (0.5,) * 3, (0.25,) * 3
 
 
@@ -98,7 +102,7 @@ def test_norms_see_groups_of_images_as_replicas_do(setting):
     assert measured["loss"] == pytest.approx(value, rel=1e-5)
     whole, *_ = one_step(state, batch)
     change = optax.tree.norm(optax.tree.sub(whole, grads)) / optax.tree.norm(grads)
-    assert change > 0.1
+    assert change > 0.01  # far beyond rounding
 
 
 def test_a_gradient_in_parts(setting):
@@ -123,10 +127,9 @@ def test_parts_of_groups(setting):
     assert_close(found, expected)
 
 
-@pytest.mark.parametrize("how", ["one_by_one", "together"])
-def test_without_norms_parts_give_the_gradient_of_the_batch(tmp_path, how):
+def test_without_norms_parts_give_the_gradient_of_the_batch(tmp_path):
     fields = {"sparsity__rule": "rigl", "sparsity__grow_examples": 0}
-    fields |= {"train__seeds": (0, 1), "train__population": how}
+    fields |= {"train__seeds": (0, 1), "train__population": "together"}
     whole = train(started(tmp_path / "whole", **fields))
     parts = train(started(tmp_path / "parts", train__accumulate_steps=4, **fields))
     for a, b in zip(parts, whole, strict=True):
@@ -168,18 +171,27 @@ def gradient_of_sum(model, n_images: int, size: int):
     return loss, variables["params"]
 
 
-@pytest.mark.parametrize("name", ["resnet20", "wrn16_4", "vit_s16"])
+SHALLOW = {
+    "resnet": functools.partial(
+        ResNet, n_blocks=(2, 2), bottleneck=False, first=4, small_images=True
+    ),
+    "wide_resnet": functools.partial(WideResNet, depth=10, widen=1, width=1 / 4),
+    "vit": functools.partial(ViT, depth=2, width=1 / 32),
+}
+
+
+@pytest.mark.parametrize("name", SHALLOW)
 def test_less_is_kept_of_blocks_that_are_computed_again(name):
     """Before a compiler sees it: XLA's for CPUs finds that a block is computed twice
     and keeps what is inside all the same."""
-    width, kept = 1 / 4 if name != "vit_s16" else 1 / 32, []
+    kept = []
     for remat in (False, True):
-        model = models.create(name, (16, 16, 3), 5, remat=remat, width=width)
+        model = models.from_module(SHALLOW[name](5, remat=remat), (16, 16, 3))
         loss, params = gradient_of_sum(model, 8, 16)
         function = functools.partial(jax.vjp, loss, has_aux=True)
         residuals = jax.tree.leaves(jax.eval_shape(function, params)[1])
         kept.append(sum(leaf.size for leaf in residuals))
-    assert kept[1] < 0.5 * kept[0]
+    assert kept[1] < 0.75 * kept[0]
 
 
 @pytest.mark.parametrize("norm", ["batch", "fixup"])
@@ -277,13 +289,12 @@ def test_draws_are_even_and_of_the_step_alone():
     assert len(indices) == 20_000
 
 
-@pytest.mark.parametrize("how", ["one_by_one", "together"])
-def test_members_see_their_own_crops(tmp_path, how):
+def test_members_see_their_own_crops(tmp_path):
     fields = {"data__augment": "crop_flip", "train__seeds": (0, 1)}
     fields |= {"train__chunk_steps": 4}
-    found = train(started(tmp_path / how, train__population=how, **fields))
+    found = train(started(tmp_path / "two", train__population="together", **fields))
     expected = alone(tmp_path / "alone", **fields)
     for mine, theirs in zip(found, expected, strict=True):
-        assert_same(mine, theirs, 0.0 if how == "one_by_one" else ROUNDING)
+        assert_same(mine, theirs, ROUNDING)
     plain = alone(tmp_path / "plain", **fields | {"data__augment": ""})
     assert not np.array_equal(leaves(plain[0])[1], leaves(expected[0])[1])
