@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import run_cli
 
-from lottery_flow import checkpoint, metrics
+from lottery_flow import checkpoint, metrics, parallel
 
 AGAIN = 75
 LOST_WITHIN = 60.0  # seconds
@@ -61,6 +61,7 @@ def network(workdir: Path, seed: int = 0) -> checkpoint.Network:
 
 
 FIELDS = {"model__name": "mlp", "model__widths": "(64,)", "train__figure": False}
+MEMBERS = {"train__seeds": "(0,1)", "train__population": "together"}
 SYNTHETIC = {"data__name": "synthetic", "data__image_size": 8, "eval__batch_size": 500}
 
 
@@ -68,17 +69,16 @@ SYNTHETIC = {"data__name": "synthetic", "data__image_size": 8, "eval__batch_size
     ("n", "n_devices", "fields"),
     [
         (2, 2, {**SYNTHETIC, "train__model_devices": 2}),
-        (4, 1, {}),
-        (2, 1, {"train__seeds": "(0,1)", "train__population": "together"}),
+        (4, 1, MEMBERS | {"train__member_devices": 2, "train__data_devices": 2}),
     ],
-    ids=["images_are_decoded_by_two", "four", "each_has_a_member"],
+    ids=["images_are_decoded_by_two", "four_have_two_members"],
 )
 def test_processes_train_what_one_does(tmp_path, n, n_devices, fields):
     fields = FIELDS | fields
     together, one = tmp_path / "together", tmp_path / "one"
     with processes(n, n_devices, together, "rigl_lenet5:smoke", **fields) as started:
         assert wait(started, together, run_cli.TIMEOUT) == [0] * n
-    alone = fields | {"train__model_devices": 1}
+    alone = fields | {f"train__{axis}_devices": 1 for axis in parallel.AXES}
     done = run_cli.in_process(*run_cli.flag_list("rigl_lenet5:smoke", one, **alone))
     assert done.status == 0
     for seed in range(2 if "train__seeds" in fields else 1):
