@@ -12,11 +12,11 @@ import functools
 import json
 import resource
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments import pool
+from experiments import pool, records
 from experiments.trainings import Member, Setup, Training, members
 from lottery_flow import main, runs
 
@@ -41,11 +41,19 @@ class Population(NamedTuple):
         return f"{what}, seed {seeds}"
 
 
-def missing(trainings: Iterable[Training], setup: Setup) -> list[Member]:
-    """Those that are not finished, with the seeds that they need."""
+def missing(
+    trainings: Iterable[Training], setup: Setup, of_rows: Collection[Training] = ()
+) -> list[Member]:
+    """Those that are not finished, with the seeds that they need.
+
+    Of those in `of_rows` kept rows are enough.
+    """
     # By directory: on the bundled data two data sets are one.
     wanted: dict[Path, Member] = {}
+    kept = {t: records.seeds(t, setup) for t in of_rows}
     for training, seed in members(trainings, setup):
+        if seed in kept.get(training, ()):
+            continue
         source = training.source
         if source is not None:
             own = seed if training.source_seed is None else training.source_seed
@@ -75,24 +83,35 @@ def populations(wanted: Sequence[Member], setup: Setup) -> list[Population]:
     return found
 
 
-def launch(trainings: Iterable[Training], setup: Setup) -> None:
+def launch(
+    trainings: Iterable[Training], setup: Setup, of_rows: Collection[Training] = ()
+) -> None:
     """Trains whatever of the trainings, and of their sources, is not finished.
+
+    Args:
+      trainings: what to train.
+      setup: where, and how large.
+      of_rows: those of them of which only the rows are wanted.
 
     Raises:
       UserError: a field makes no sense, or runs failed; all others are finished.
     """
     trainings = list(trainings)
-    todo, sources = missing(trainings, setup), {t.source for t in trainings}
+    todo = missing(trainings, setup, of_rows)
+    sources = {t.source for t in trainings}
     first = [m for m in todo if m[0] in sources]
-    for wave in (first, [m for m in todo if m not in first]):
-        pool.run(
-            functools.partial(_train, setup=setup),
-            populations(wave, setup),
-            jobs=setup.jobs,
-            programs=setup.programs,
-            label=lambda population: population.label,
-            progress=functools.partial(_progress, setup=setup),
-        )
+    try:
+        for wave in (first, [m for m in todo if m not in first]):
+            pool.run(
+                functools.partial(_train, setup=setup),
+                populations(wave, setup),
+                jobs=setup.jobs,
+                programs=setup.programs,
+                label=lambda population: population.label,
+                progress=functools.partial(_progress, setup=setup),
+            )
+    finally:
+        records.keep((t for t, _ in todo), setup)
 
 
 def _train(population: Population, setup: Setup) -> None:

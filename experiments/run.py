@@ -4,9 +4,9 @@
     python -m experiments.run all --smoke
 
 trains what is missing (as populations, a core each), collects tidy tables, draws the
-figures and prints ours beside the paper's. A run that stopped goes on, a finished one
-is not repeated. `--smoke` does everything small, on the digits data: most of its time
-goes into compiling.
+figures and prints ours beside the paper's. A run that stopped goes on. A finished one
+is not repeated, nor one of which rows are enough and stand in `<out>/runs/`. `--smoke`
+does everything small, on the digits data: most of its time goes into compiling.
 """
 
 import argparse
@@ -35,6 +35,8 @@ EXPERIMENTS = (
     "ensembles",
     "fashion",
 )
+# Those that look at weights; the others are made of rows of metrics.
+OF_WEIGHTS = frozenset({"hessian_spectrum", "interpolation", "mds", "ensembles"})
 
 
 def load(name: str) -> ModuleType:
@@ -57,8 +59,10 @@ def run(names: list[str], setup: Setup, out: Path) -> None:
       UserError: runs failed.
     """
     modules = {name: load(name) for name in names}
-    trainings = [t for module in modules.values() for t in module.runs(setup)]
-    launch.launch(trainings, setup)
+    runs = {name: module.runs(setup) for name, module in modules.items()}
+    trainings = [t for own in runs.values() for t in own]
+    whole = {t for name in OF_WEIGHTS & runs.keys() for t in runs[name]}
+    launch.launch(trainings, setup, [t for t in trainings if t not in whole])
     for name, module in modules.items():
         began = time.monotonic()
         found = publish.write(out, name, module, setup)
@@ -81,7 +85,7 @@ def main() -> None:
     args = about.parse_args()
     workdir = args.workdir or ("runs/smoke" if args.smoke else "runs")
     out = args.out or Path("runs/smoke/results" if args.smoke else "results")
-    setup = Setup(workdir, args.data_dir, args.smoke, args.jobs)
+    setup = Setup(workdir, args.data_dir, args.smoke, args.jobs, str(out / "runs"))
     command.prepare()
     # As for Ctrl-C, where nothing is trained that would have to be saved.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -4,9 +4,8 @@ from collections.abc import Iterable
 
 import pandas as pd
 
+from experiments import records
 from experiments.trainings import Setup, Training
-from lottery_flow import metrics
-from lottery_flow.runs import RunPaths
 
 
 def curves(
@@ -17,7 +16,7 @@ def curves(
     for training in trainings:
         about = training.columns(setup)
         for seed in training.seeds(setup):
-            for row in metrics.read(RunPaths(training.run(setup, seed)).metrics):
+            for row in records.rows(training, seed, setup):
                 if all(row.get(c) is not None for c in columns):
                     rows.append({**about, "seed": seed, **{c: row[c] for c in columns}})
     return pd.DataFrame(rows, columns=[*_COLUMNS, "seed", *columns])

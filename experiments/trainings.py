@@ -36,12 +36,14 @@ class Setup(NamedTuple):
       data_dir: of TFDS; "" is its own default.
       smoke: seconds on the digits data instead of the paper's sizes.
       jobs: processes that train at the same time; 0 chooses.
+      records: of rows of finished runs, see `records`; "" keeps none.
     """
 
     workdir: str = "runs"
     data_dir: str = ""
     smoke: bool = False
     jobs: int = 0
+    records: str = ""
 
     @property
     def seeds(self) -> tuple[int, ...]:

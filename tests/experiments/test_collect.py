@@ -1,8 +1,11 @@
 """Tables from rows of metrics that were written by hand."""
 
+import functools
 import json
+import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from experiments import (
@@ -10,8 +13,11 @@ from experiments import (
     calibration,
     fashion,
     gradient_flow_training,
+    launch,
     paper,
+    records,
     rewire_gain,
+    tables,
     trainings,
 )
 from experiments.trainings import Setup, Training
@@ -152,3 +158,40 @@ def test_tickets_come_from_one_pruning_run(setup):
             for c, (_, seed) in zip(configs, members, strict=True)
         }
         assert len(orders) == 5
+
+
+def _row(training, seed, step, value=0.1):
+    return {"step": step, "seed": seed, "x": value}
+
+
+def test_kept_rows_stand_for_runs_that_are_gone(tmp_path):
+    setup = Setup(str(tmp_path / "runs"), records=str(tmp_path / "results/runs"))
+    training = Training("mlp", "dense")
+    write(training, setup, _row)
+    for seed in (0, 3):
+        RunPaths(training.run(setup, seed)).done.write_text("")
+    records.keep([training], setup)
+    before = tables.curves([training], setup, ["x"])
+    shutil.rmtree(training.run(setup, 0).parent)
+    assert records.seeds(training, setup) == {0, 3}
+    after = tables.curves([training], setup, ["x"])
+    assert set(before["seed"]) == {0, 1, 2, 3, 4}
+    whole = before[before["seed"].isin([0, 3])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(after, whole)
+    wanted = launch.missing([training], setup, [training])
+    assert [seed for _, seed in wanted] == [1, 2, 4]
+    assert len(launch.missing([training], setup)) == 5  # their weights are gone
+
+
+def test_kept_rows_are_kept_beside_later_ones(tmp_path):
+    setup = Setup(str(tmp_path / "runs"), records=str(tmp_path / "results/runs"))
+    training = Training("mlp", "dense")
+    for value, done in ((1.0, (0, 1)), (2.0, (1, 4))):
+        row = functools.partial(_row, value=value)
+        write(training, setup, row)
+        for seed in done:
+            RunPaths(training.run(setup, seed)).done.write_text("")
+        records.keep([training], setup)
+        shutil.rmtree(training.run(setup, 0).parent)
+    found = tables.ends([training], setup, ["x"]).set_index("seed")["x"]
+    assert found.to_dict() == {0: 1.0, 1: 2.0, 4: 2.0}

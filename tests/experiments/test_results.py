@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments import paper, publish, report, run, tables
+from experiments import paper, publish, records, report, run, tables, trainings
 from experiments.trainings import Setup
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -46,6 +46,18 @@ def test_every_seed_of_every_training_is_there(name):
     if not record["trainings"] or "seed" not in table:
         return
     assert set(table["seed"]) == set(record["seeds"]) == {0, 1, 2, 3, 4}
+
+
+def test_kept_rows_are_of_whole_runs_of_the_configs_in_the_tree():
+    setup = Setup(records=str(RESULTS / "runs"))
+    runs = [t for name in run.EXPERIMENTS for t in run.load(name).runs(setup)]
+    wanted = {t.directory(setup).name: t for t in trainings.with_sources(runs)}
+    for path in (RESULTS / "runs").glob("*.jsonl.gz"):
+        training = wanted[path.name.removesuffix(".jsonl.gz")]
+        last = training.config(setup).train.total_steps
+        own = tables.ends([training], setup, ["loss"])
+        assert set(own["step"]) == {last}
+        assert set(own["seed"]) == records.seeds(training, setup)
 
 
 def test_the_page_of_results_shows_the_tables(tmp_path):

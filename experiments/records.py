@@ -1,0 +1,68 @@
+"""The rows of finished runs, kept beside the results that were made of them.
+
+<out>/runs/<config>-<hash>.jsonl.gz    metrics.jsonl of every seed, one after another
+
+What needs rows alone is made of them without training again, for instance on another
+machine; what needs weights trains.
+"""
+
+import gzip
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from experiments.trainings import Setup, Training
+from lottery_flow import metrics
+from lottery_flow.metrics import Row
+from lottery_flow.runs import RunPaths, write_atomically
+
+
+def rows(training: Training, seed: int, setup: Setup) -> list[Row]:
+    """The rows of a run: its own, or if it is not finished those kept of it."""
+    paths = RunPaths(training.run(setup, seed))
+    if not paths.done.exists():
+        kept = [row for row in _read(_path(training, setup)) if row["seed"] == seed]
+        if kept:
+            return kept
+    return metrics.read(paths.metrics)
+
+
+def seeds(training: Training, setup: Setup) -> set[int]:
+    """The seeds of which rows are kept."""
+    return {row["seed"] for row in _read(_path(training, setup))}
+
+
+def keep(trainings: Iterable[Training], setup: Setup) -> None:
+    """Keeps the rows of every finished run, and what was kept of others."""
+    for training in dict.fromkeys(trainings):
+        path = _path(training, setup)
+        if path is None:
+            return
+        own = training.seeds(setup)
+        done = [RunPaths(training.run(setup, s)).done.exists() for s in own]
+        if not any(done):
+            continue
+        found = [row for seed in own for row in _kept(training, seed, setup)]
+        text = "".join(json.dumps(row) + "\n" for row in found)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Without the time, so that the same rows are the same file.
+        write_atomically(path, gzip.compress(text.encode(), mtime=0))
+
+
+def _kept(training: Training, seed: int, setup: Setup) -> list[Row]:
+    done = RunPaths(training.run(setup, seed)).done.exists()
+    known = done or seed in seeds(training, setup)
+    return rows(training, seed, setup) if known else []
+
+
+def _read(path: Path | None) -> list[Row]:
+    if path is None or not path.exists():
+        return []
+    with gzip.open(path, "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+def _path(training: Training, setup: Setup) -> Path | None:
+    if not setup.records:
+        return None
+    return Path(setup.records) / f"{training.directory(setup).name}.jsonl.gz"
