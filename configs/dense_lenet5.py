@@ -7,7 +7,8 @@ About 11 minutes of CPU time; 99.2 % test accuracy (one seed).
 
 from ml_collections import ConfigDict
 
-from lottery_flow.config import finish, paper_lenet5
+from lottery_flow.config import finish
+from lottery_flow.settings import paper_lenet5
 
 
 def get_config(arg: str = "") -> ConfigDict:

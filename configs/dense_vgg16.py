@@ -10,7 +10,8 @@ Not yet run at full length; 128,000 steps of 1024 images.
 
 from ml_collections import ConfigDict
 
-from lottery_flow.config import finish, paper_vgg16
+from lottery_flow.config import finish
+from lottery_flow.settings import paper_vgg16
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -16,7 +16,8 @@ Not yet run at full length; 32,000 steps of 4096 images.
 
 from ml_collections import ConfigDict
 
-from lottery_flow.config import finish, paper_resnet50
+from lottery_flow.config import finish
+from lottery_flow.settings import paper_resnet50
 
 
 def get_config(arg: str = "") -> ConfigDict:

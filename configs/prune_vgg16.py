@@ -11,7 +11,8 @@ Not yet run at full length; 128,000 steps of 1024 images.
 
 from ml_collections import ConfigDict
 
-from lottery_flow.config import finish, gradual_pruning, paper_vgg16
+from lottery_flow.config import finish
+from lottery_flow.settings import gradual_pruning, paper_vgg16
 
 
 def get_config(arg: str = "") -> ConfigDict:

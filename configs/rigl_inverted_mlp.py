@@ -11,7 +11,8 @@ Not yet run at full length; 11,719 steps on two CPU cores.
 
 from ml_collections import ConfigDict
 
-from lottery_flow.config import finish, paper_mlp
+from lottery_flow.config import finish
+from lottery_flow.settings import paper_mlp
 
 
 def get_config(arg: str = "") -> ConfigDict:

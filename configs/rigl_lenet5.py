@@ -13,7 +13,8 @@ Not yet run at full length; 11,719 steps on two CPU cores.
 
 from ml_collections import ConfigDict
 
-from lottery_flow.config import finish, paper_lenet5
+from lottery_flow.config import finish
+from lottery_flow.settings import paper_lenet5
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -14,7 +14,8 @@ stayed at chance, 11.35 %.
 
 from ml_collections import ConfigDict
 
-from lottery_flow.config import finish, paper_lenet5
+from lottery_flow.config import finish
+from lottery_flow.settings import paper_lenet5
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -13,7 +13,8 @@ Not yet run at full length; 97,656 steps of 128 images.
 
 from ml_collections import ConfigDict
 
-from lottery_flow.config import cifar_wrn22_2, finish
+from lottery_flow.config import finish
+from lottery_flow.settings import cifar_wrn22_2
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -11,7 +11,8 @@ Not yet run at full length; 64,000 steps of 128 images.
 
 from ml_collections import ConfigDict
 
-from lottery_flow.config import cifar_resnet20, finish
+from lottery_flow.config import finish
+from lottery_flow.settings import cifar_resnet20
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -110,6 +110,11 @@ def fields(config: ConfigDict) -> None:
             "train.accumulate_steps); give a divisor"
         )
     _known("data.augment", config.data.augment, augment.AUGMENTATIONS)
+    if config.data.augment and config.data.name not in data.DATASETS:
+        raise UserError(
+            f"data.augment={config.data.augment!r}: {config.data.name} is decoded on "
+            "the way, with crops and flips of its own; leave it empty"
+        )
     _known("train.population", train.population, population.WAYS)
     _at_least("data.order_seed", config.data.order_seed, -1)
     _at_least("optim.warmup_steps", config.optim.warmup_steps, 0)

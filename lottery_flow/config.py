@@ -1,7 +1,7 @@
 """Every option of a run, with its default: the reference of the configuration.
 
-A config file starts from one of the functions here, changes what it is about, and
-ends with `finish`, which understands the `smoke` argument:
+A config file starts from one of the functions of `settings`, changes what it is about,
+and ends with `finish`, which understands the `smoke` argument:
 
     def get_config(arg: str = ""):
         config = paper_lenet5("rigl_lenet5")
@@ -166,106 +166,6 @@ def default() -> ConfigDict:
     )
 
 
-def paper_lenet5(name: str) -> ConfigDict:
-    """LeNet-5 on MNIST with the settings of the released code, dense."""
-    config = default()
-    config.name = name
-    config.data.name = "mnist"
-    config.optim.weight_decay = 1e-3  # Keras' l2(5e-4)
-    config.train.total_steps = 11_719  # 25 epochs
-    config.eval.every_steps = 1000
-    return config
-
-
-def paper_mlp(name: str) -> ConfigDict:
-    """The 300-100 MLP on MNIST with the settings of the released code, dense."""
-    config = paper_lenet5(name)
-    config.model.name = "mlp"
-    config.optim.learning_rate = 0.2
-    config.optim.weight_decay = 2e-4  # Keras' l2(1e-4)
-    config.sparsity.interval_steps = 500
-    return config
-
-
-def paper_resnet50(name: str) -> ConfigDict:
-    """ResNet-50 on ImageNet with the settings of the released code, dense."""
-    config = default()
-    config.name = name
-    config.model.name = "resnet50"
-    config.model.init = "module"
-    config.data.name = "imagenet2012"
-    config.data.workers = 16
-    config.optim.name = "momentum"
-    config.optim.nesterov = True
-    config.optim.learning_rate = 1.6  # 0.1 for each 256 images of the batch
-    config.optim.schedule = "step"
-    # Epochs 30, 70 and 90 of 1,281,167 images.
-    config.optim.milestone_steps = (9383, 21_894, 28_150)
-    config.optim.weight_decay = 1e-4
-    config.loss.label_smoothing = 0.1
-    config.sparsity.end_steps = 25_000
-    config.sparsity.drop_schedule = "cosine"
-    config.sparsity.grow_examples = 0
-    config.train.total_steps = 32_000
-    config.train.batch_size = 4096
-    config.train.checkpoint_every_steps = 1000
-    config.train.keep_checkpoints = 3
-    config.eval.every_steps = 1000
-    return config
-
-
-def paper_vgg16(name: str) -> ConfigDict:
-    """VGG-16 on ImageNet with the settings of the released code, dense."""
-    config = paper_resnet50(name)
-    config.model.name = "vgg16"
-    config.optim.learning_rate = 0.4
-    config.optim.milestone_steps = (37_534, 87_580, 112_603)  # the same epochs
-    config.sparsity.end_steps = 100_000
-    config.train.total_steps = 128_000
-    config.train.batch_size = 1024
-    config.train.checkpoint_every_steps = 4000
-    config.eval.every_steps = 4000
-    return config
-
-
-def cifar_wrn22_2(name: str) -> ConfigDict:
-    """WRN-22-2 on CIFAR-10 with the settings of the paper's released code, dense."""
-    config = default()
-    config.name = name
-    config.model.name = "wrn22_2"
-    config.model.init = "module"
-    config.data.name = "cifar10"
-    config.data.augment = "crop_flip"
-    config.optim.name = "momentum"
-    config.optim.nesterov = True
-    config.optim.learning_rate = 0.1
-    config.optim.schedule = "step"
-    config.optim.milestone_steps = (30_000, 60_000, 90_000)
-    config.optim.decay_factor = 0.2
-    config.optim.weight_decay = 5e-4
-    config.sparsity.end_steps = 75_000
-    config.sparsity.drop_schedule = "cosine"
-    config.sparsity.grow_examples = 0
-    config.train.total_steps = 97_656
-    config.train.checkpoint_every_steps = 2000
-    config.train.keep_checkpoints = 3
-    config.eval.every_steps = 2000
-    return config
-
-
-def cifar_resnet20(name: str) -> ConfigDict:
-    """ResNet-20 on CIFAR-10 as He et al. 2015 (arXiv 1512.03385, 4.2), dense."""
-    config = cifar_wrn22_2(name)
-    config.model.name = "resnet20"
-    config.optim.nesterov = False
-    config.optim.milestone_steps = (32_000, 48_000)
-    config.optim.decay_factor = 0.1
-    config.optim.weight_decay = 1e-4
-    config.sparsity.end_steps = 48_000
-    config.train.total_steps = 64_000
-    return config
-
-
 def finish(config: ConfigDict, arg: str = "") -> ConfigDict:
     """Applies the config's argument and locks the fields.
 
@@ -313,22 +213,6 @@ def _stretch(config: ConfigDict, factor: float) -> None:
     sparsity.begin_steps = round(sparsity.begin_steps * factor)
     if sparsity.end_steps > 0:
         sparsity.end_steps = round(sparsity.end_steps * factor)
-
-
-def gradual_pruning(
-    config: ConfigDict,
-    sparsity: float,
-    begin_steps: int = 3000,
-    end_steps: int = 7000,
-    interval_steps: int = 100,
-) -> ConfigDict:
-    """Pruning, by default as both MNIST networks in the paper's released code."""
-    config.sparsity.rule = "gradual_pruning"
-    config.sparsity.sparsity = sparsity
-    config.sparsity.begin_steps = begin_steps
-    config.sparsity.end_steps = end_steps
-    config.sparsity.interval_steps = interval_steps
-    return config
 
 
 def _shrink(config: ConfigDict) -> None:

@@ -271,8 +271,7 @@ def _on_mesh(mesh: Mesh, fn: Callable, *, member: bool = False) -> Callable:
 
 
 def _settle(mesh: Mesh, tree: Any, *, member: bool = False) -> Any:
-    """A state as `parallel.state_sharding` says, metrics where all
-    processes can read them."""
+    """A state as `parallel.state_sharding` says, metrics where each process reads."""
     if mesh.size == 1:
         return tree
     if not isinstance(tree, TrainState):

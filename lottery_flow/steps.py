@@ -99,28 +99,26 @@ def make_steps(
         accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
         return loss, (batch_stats, accuracy)
 
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+
     def gradients(state: TrainState, params, batch):
         key = jax.random.fold_in(state.key, state.step)
-        return jax.value_and_grad(loss_fn, has_aux=True)(
-            params, state.batch_stats, batch, key
-        )
+        return gradient(params, state.batch_stats, batch, key)
 
     def of_parts(state: TrainState, batch: Batch):
         """As `gradients`, for the batch of a step."""
         key = jax.random.fold_in(state.key, state.step)
-        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        if accumulate_steps == 1:
+            return gradient(state.params, state.batch_stats, batch, key, norm_examples)
 
         def add(carry, part):
             stats, sums = carry
             own, i = part
-            key_ = key if accumulate_steps == 1 else jax.random.fold_in(key, i)
             (loss, (stats, accuracy)), grads = gradient(
-                state.params, stats, own, key_, norm_examples
+                state.params, stats, own, jax.random.fold_in(key, i), norm_examples
             )
             return (stats, jax.tree.map(jnp.add, sums, (loss, accuracy, grads))), None
 
-        if accumulate_steps == 1:
-            return gradient(state.params, state.batch_stats, batch, key, norm_examples)
         # Each device computes a part of every part: no image leaves where it is.
         parts = jax.tree.map(
             lambda v: v.reshape(-1, accumulate_steps, *v.shape[1:]).swapaxes(0, 1),
@@ -150,8 +148,8 @@ def make_steps(
         (loss, (batch_stats, accuracy)), grads = of_parts(state, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, **options)
         params = optax.apply_updates(state.params, updates)
-        step, key, ema = state.step + 1, state.key, state.ema
-        new = TrainState(step, params, batch_stats, opt_state, key, ema)
+        own = {"params": params, "batch_stats": batch_stats, "opt_state": opt_state}
+        new = state._replace(step=state.step + 1, **own)
         return new, grads, {"loss": loss, "accuracy": accuracy}
 
     def train(state: TrainState, knobs: Knobs, data: Batch, indices):

@@ -146,6 +146,14 @@ def test_without_norms_parts_give_the_gradient_of_the_batch(tmp_path):
             r"norm_examples=16 does not divide the 8 images",
         ),
         ({"data__augment": "cutmix"}, r"data\.augment='cutmix' is unknown"),
+        (
+            {
+                "data__augment": "crop_flip",
+                "data__name": "synthetic",
+                "data__image_size": 8,
+            },
+            r"data\.augment='crop_flip': synthetic is decoded on the way",
+        ),
         ({"train__ema_decay": 1.0}, r"train\.ema_decay=1\.0: give a fraction"),
         ({"model__remat": True}, r"model\.remat=True: mlp has no such choice"),
     ],
