@@ -85,6 +85,37 @@ def hessian(
     return _operator(product, quadratic, params, masks, batches, block)
 
 
+def explicit(matrix: np.ndarray, space: ActiveSpace) -> Operator:
+    """A matrix as an operator, for many products in a small space.
+
+    Args:
+      matrix: symmetric, float [n n], in the coordinates of the space; for instance
+        `spectrum.hessian_matrix`.
+      space: of the active parameters.
+
+    Raises:
+      ValueError: a matrix of another shape.
+    """
+    if matrix.shape != (space.n, space.n):
+        raise ValueError(
+            f"matrix has shape {matrix.shape}, but there are {space.n} active "
+            "parameters; give a matrix of these"
+        )
+    whole = jnp.asarray(matrix, space.dtype)
+
+    @jax.jit
+    def product(vectors):
+        with precise():
+            return vectors @ whole
+
+    @jax.jit
+    def quadratic(vectors):
+        with precise():
+            return jnp.sum(vectors * (vectors @ whole), axis=1)
+
+    return Operator(space, product, quadratic)
+
+
 def gauss_newton(
     objective: Objective,
     params: Params,

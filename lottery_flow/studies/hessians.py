@@ -76,12 +76,15 @@ def top_eigenvalues(study: Study, options: Options) -> Findings:
 
 def density(study: Study, options: Options) -> Findings:
     """The spectral density by stochastic Lanczos quadrature."""
-    operator, *_ = _operator(study, options)
+    n_steps, n_probes = 100, 10
+    operator = spectrum.hessian_operator(
+        *_network(study, options), n_products=n_steps * n_probes
+    )
     found = lanczos.spectral_density(
         operator,
         jax.random.key(options.seed),
-        n_steps=100,
-        n_probes=10,
+        n_steps=n_steps,
+        n_probes=n_probes,
         state_file=options.state_file,
         tag=options.tag,
         progress=options.progress,
@@ -124,10 +127,14 @@ def classes(study: Study, options: Options) -> Findings:
     return Findings({"": found}, {"": figure}, text)
 
 
-def _operator(study: Study, options: Options):
+def _network(study: Study, options: Options):
     # Few images at once stay in the cache of a core: half the time of 250.
     size = 50 if jax.default_backend() == "cpu" else 1000
-    objective, *args = network(study, options, "frozen", 1000, size)
+    return network(study, options, "frozen", 1000, size)
+
+
+def _operator(study: Study, options: Options):
+    objective, *args = _network(study, options)
     return curvature.hessian(objective.loss, *args), objective, args
 
 

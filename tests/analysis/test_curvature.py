@@ -170,6 +170,13 @@ def test_wrong_inputs_get_a_sentence():
         net.objective(norms="train")
 
 
+def test_a_matrix_of_another_space_is_refused():
+    net = network()
+    space = active_space(net.params, net.masks)
+    with pytest.raises(ValueError, match=r"matrix has shape \(2, 2\), but there are"):
+        curvature.explicit(np.eye(2), space)
+
+
 def test_a_criterion_of_ones_own():
     """Mean squared error of a linear model: H = G = X^T X / n, R = 0."""
     with jax.enable_x64(True):

@@ -36,6 +36,43 @@ def test_it_equals_the_dense_hessian(norm, activation, options):
         np.testing.assert_array_equal(found, found.T)
 
 
+@pytest.mark.parametrize("n_products", [1, 10_000])
+def test_products_are_the_same_by_the_matrix_and_without(n_products):
+    with jax.enable_x64(True):
+        net = network()
+        objective, batches = net.objective(), batches_lib.split(net.data, 4)
+        args = objective, net.params, net.masks, batches
+        operator = spectrum.hessian_operator(*args, n_products=n_products)
+        wanted = dense_hessian(objective.loss, net.params, net.masks, [net.data])
+        vectors = np.random.default_rng(0).standard_normal((3, len(wanted)))
+        rows = jnp.asarray(vectors)
+        np.testing.assert_allclose(operator.product(rows), vectors @ wanted, atol=1e-12)
+        np.testing.assert_allclose(
+            operator.quadratic(rows),
+            np.einsum("si,ij,sj->s", vectors, wanted, vectors),
+            atol=1e-12,
+        )
+
+
+@jax.enable_x64(True)
+def test_the_matrix_is_made_only_where_it_pays(monkeypatch):
+    net = network()
+    n = active_space(net.params, net.masks).n
+    args = net.objective(), net.params, net.masks, [net.data]
+    monkeypatch.setattr(spectrum, "hessian_matrix", pytest.fail)
+    spectrum.hessian_operator(*args, n_products=(n - 1) // 10)
+    made = []
+    monkeypatch.setattr(
+        spectrum, "hessian_matrix", lambda *a, **k: made.append(1) or np.eye(n)
+    )
+    spectrum.hessian_operator(*args, n_products=n)
+    assert made
+    monkeypatch.setattr(spectrum, "_MATRIX", n - 1)
+    made.clear()
+    spectrum.hessian_operator(*args, n_products=n)
+    assert not made
+
+
 def test_blocks_within_a_layer_are_left_out_only_where_they_are_zero():
     """Of a ReLU network's residual; a smooth one has them."""
     with jax.enable_x64(True):
