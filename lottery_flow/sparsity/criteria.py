@@ -48,6 +48,11 @@ def random(key, weights, grads) -> Scores:
     return jax.random.uniform(key, weights.shape, jnp.float32)
 
 
+def widen(scores: Array) -> Array:
+    """As float32, unless float64: with fewer bits means would tie, sums be rounded."""
+    return scores.astype(jnp.float64 if scores.dtype == jnp.float64 else jnp.float32)
+
+
 CRITERIA: dict[str, Criterion] = {
     "magnitude": magnitude,
     "gradient": gradient,

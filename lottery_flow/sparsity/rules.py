@@ -9,8 +9,11 @@ One rewire of a layer with n active weights (SET, RigL and RigL Inverted alike):
 so the number of active weights is conserved exactly, layer by layer. A weight that
 was just dropped may be grown again at once. Sources: Evci et al. 2020, "Rigging the
 Lottery", algorithm 1, and its released code (google-research/rigl), which settles
-rounding, ties and timing; Zhu & Gupta 2017, "To prune, or not to prune" (gradual
-pruning).
+rounding, ties and timing; Mocanu et al. 2018 (SET); Zhu & Gupta 2017, "To prune, or
+not to prune" (gradual pruning).
+
+Rules that move weights between layers are in `rules_adaptive`, more ways to prune in
+`rules_pruning`, other values of grown weights than zero in `rules_growth`.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,11 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool
 
 from lottery_flow.sparsity import criteria, schedules
+from lottery_flow.sparsity import granularity as granularity_lib
 from lottery_flow.sparsity import masks as masks_lib
-from lottery_flow.sparsity.topk import topk_mask
+from lottery_flow.sparsity.granularity import Granularity
+from lottery_flow.sparsity.rules_drop_grow import drop_by_sign, drop_grow
+from lottery_flow.sparsity.rules_drop_grow import grow as grow_best
 
 
 def _no_state(masks, params):
@@ -35,6 +41,21 @@ def _no_state(masks, params):
 def _ignore(state, grads):
     del grads
     return state
+
+
+def _check_granularity(granularity: Granularity | None) -> Callable:
+    """A rule's `init` without a state, that refuses layers not filled by groups."""
+    if granularity is None:
+        return _no_state
+
+    def init(masks, params):
+        del params
+        named = masks_lib.named_leaves(masks)
+        shapes = {k: m.shape for k, m in named.items() if m is not None}
+        granularity_lib.check(granularity, shapes)
+        return ()
+
+    return init
 
 
 class Rule(NamedTuple):
@@ -49,6 +70,8 @@ class Rule(NamedTuple):
       timing: a rewire comes 'after' the gradient step, on the new weights, with
         `step` counting the updates done; or 'instead' of it, spending the batch,
         with `step` counting the updates before it, so that step 0 can be due.
+      grown: `(key, step, old_masks, new_masks, params, grads, state) -> values`, an
+        array for each mask; a newly grown weight starts there. None: at zero.
     """
 
     is_due: Callable
@@ -56,40 +79,7 @@ class Rule(NamedTuple):
     init: Callable = _no_state
     observe: Callable = _ignore
     timing: Literal["after", "instead"] = "after"
-
-
-def drop_grow(
-    masks: PyTree[Bool[Array, "..."]],
-    drop_scores: PyTree[Float[Array, "..."]],
-    grow_scores: PyTree[Float[Array, "..."]],
-    fraction: float | Float[Array, ""],
-) -> PyTree[Bool[Array, "..."]]:
-    """Drops a fraction of the active weights of each layer and grows as many.
-
-    Args:
-      masks: active weights, an array for each layer (or a single one).
-      drop_scores: the lowest of the active ones are dropped.
-      grow_scores: the highest of all positions not kept are grown.
-      fraction: of a layer's active weights, from 0 to 1; n_drop is truncated.
-
-    An active weight of zero competes with active weights alone; in the reference code
-    an inactive one may take its place.
-
-    Guarantees (for each layer):
-      - The result has exactly as many active weights as the mask.
-      - Ties are broken by the lower flat index, for dropping and for growing.
-    """
-
-    def to_drop(n_active):
-        product = n_active.astype(jnp.float32) * jnp.asarray(fraction, jnp.float32)
-        return jnp.clip(jnp.floor(product).astype(jnp.int32), 0, n_active)
-
-    n_active = jax.tree.map(masks_lib.count_true, masks)
-    n_drop = jax.tree.map(to_drop, n_active)
-    n_keep = jax.tree.map(jnp.subtract, n_active, n_drop)
-    kept = topk_mask(drop_scores, n_keep, where=masks)
-    grown = topk_mask(grow_scores, n_drop, where=jax.tree.map(jnp.logical_not, kept))
-    return jax.tree.map(jnp.logical_or, kept, grown)
+    grown: Callable | None = None
 
 
 def static() -> Rule:
@@ -107,6 +97,8 @@ def drop_and_grow(
     drop: criteria.Criterion = criteria.magnitude,
     grow: criteria.Criterion,
     timing: Literal["after", "instead"] = "after",
+    granularity: Granularity | None = None,
+    by_sign: bool = False,
 ) -> Rule:
     """The family of SET and RigL: drop by one criterion, grow by another.
 
@@ -116,7 +108,16 @@ def drop_and_grow(
       drop: the lowest scores are dropped.
       grow: the highest scores are grown.
       timing: see `Rule`.
+      granularity: see `drop_grow`; the initial masks are of the same.
+      by_sign: drops the fraction of the negative weights and that of the others,
+        each rounded for itself; an active zero is none of the negative ones.
+
+    Raises:
+      ValueError: a granularity together with `by_sign`; at `init`, a layer that the
+        groups don't fill.
     """
+    if by_sign and granularity is not None:
+        raise ValueError("by_sign needs single weights: leave out granularity")
 
     def propose(step, key, masks, params, grads, state):
         f = jnp.asarray(fraction(step))
@@ -128,14 +129,27 @@ def drop_and_grow(
             drop_key, grow_key = jax.random.split(jax.random.fold_in(key, i))
             scores.append((drop(drop_key, w, g), grow(grow_key, w, g)))
         drops, grows = [d for d, _ in scores], [g for _, g in scores]
-        return treedef.unflatten(drop_grow(leaves, drops, grows, f)), state
+        if by_sign:
+            kept, n_drop = drop_by_sign(leaves, drops, f, w_leaves)
+            return treedef.unflatten(grow_best(kept, grows, n_drop)), state
+        new = drop_grow(leaves, drops, grows, f, granularity)
+        return treedef.unflatten(new), state
 
-    return Rule(is_due=is_due, propose=propose, timing=timing)
+    init = _check_granularity(granularity)
+    return Rule(is_due=is_due, propose=propose, init=init, timing=timing)
 
 
 def set_(is_due: schedules.Due, fraction: optax.Schedule, **kwargs) -> Rule:
     """SET (Mocanu et al. 2018): drop the smallest weights, grow at random."""
     return drop_and_grow(is_due, fraction, grow=criteria.random, **kwargs)
+
+
+def set_signed(is_due: schedules.Due, fraction: optax.Schedule, **kwargs) -> Rule:
+    """SET as published: drop the smallest positive and the largest negative weights.
+
+    The same fraction of either, so that their balance stays; grow at random.
+    """
+    return set_(is_due, fraction, by_sign=True, **kwargs)
 
 
 def rigl(is_due: schedules.Due, fraction: optax.Schedule, **kwargs) -> Rule:
@@ -155,6 +169,7 @@ def gradual_pruning(
     interval: int,
     final_sparsity: Mapping[str, float],
     initial_sparsity: float = 0.0,
+    granularity: Granularity | None = None,
 ) -> Rule:
     """Gradual magnitude pruning of Zhu & Gupta (2017).
 
@@ -169,12 +184,25 @@ def gradual_pruning(
       interval: steps between two prunings.
       final_sparsity: by layer name; layers without a mask need none.
       initial_sparsity: of every layer, before `begin`.
+      granularity: whole groups are counted and kept as weights are, by their mean
+        |w|. With n_of_m the n largest weights of each group stay to the end, and
+        until then the largest of the others too.
+
+    Raises:
+      ValueError: a sparsity outside [0, 1], or another one than that of n_of_m; when
+        the masks are known, a layer without one, or that the groups don't fill.
     """
     is_due = schedules.every(interval, begin, end)
     for name, sparsity in final_sparsity.items():
         if not 0.0 <= sparsity <= 1.0:
             raise ValueError(
                 f"final_sparsity of {name} is {sparsity}: give a fraction from 0 to 1"
+            )
+        own = granularity_lib.own_sparsity(granularity)
+        if own is not None and abs(sparsity - own) > 1e-9:
+            raise ValueError(
+                f"final_sparsity of {name} is {sparsity}, which n_of_m makes {own}: "
+                "give that"
             )
     due_steps = np.arange(begin, end + 1, interval)
 
@@ -196,11 +224,14 @@ def gradual_pruning(
         leaves, treedef = jax.tree.flatten(masks)
         i = jnp.clip((step - begin) // interval, 0, len(due_steps) - 1)
         scores = [jnp.abs(w) for w in masks_lib.tree_leaves_at(masks, params)]
-        sizes = zip(names, leaves, strict=True)
-        k = [jnp.asarray(n_kept(name, m.size))[i] for name, m in sizes]
-        return treedef.unflatten(topk_mask(scores, k, where=leaves)), state
+        units = [granularity_lib.n_units(granularity, m.shape) for m in leaves]
+        named = zip(names, units, strict=True)
+        k = [jnp.asarray(n_kept(name, n))[i] for name, n in named]
+        new = granularity_lib.best(granularity, scores, k, leaves)
+        return treedef.unflatten(new), state
 
-    return Rule(is_due=is_due, propose=propose)
+    init = _check_granularity(granularity)
+    return Rule(is_due=is_due, propose=propose, init=init)
 
 
 def is_rewire(rule: Rule, n_updates: Any) -> Bool[Array, "..."]:

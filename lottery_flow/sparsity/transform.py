@@ -13,10 +13,12 @@ extra cost. Source of the semantics: Evci et al. 2020, algorithm 1.
 
 Guarantees (whatever the inner optimizer and the dtype, for finite parameters):
   - After every `optax.apply_updates` an inactive weight is bit-exactly zero.
-  - A rewire that conserves the budget conserves it exactly, layer by layer.
-  - A newly grown weight starts at zero with its optimizer slots as at `init`; one
-    that is dropped and grown again at once keeps its value and its slots. (Factored
-    slots, as Adafactor's, have no entry for a single weight and stay.)
+  - A rewire that conserves the budget conserves it exactly, layer by layer (in total
+    for rules that move weights between layers).
+  - A newly grown weight starts at zero, unless the rule says otherwise (`grown`),
+    with its optimizer slots as at `init`; one that is dropped and grown again at once
+    keeps its value and its slots. (Factored slots, as Adafactor's, have no entry for
+    a single weight and stay.)
   - The inner optimizer's counters advance by one update at every step, also when a
     rewire replaces the gradient step.
 """
@@ -128,9 +130,12 @@ def sparsify(
                 base = jax.tree.map(jnp.zeros_like, landed)
             weights = optax.apply_updates(params, base)
             grads = dense_grads if grow_grad_fn is None else grow_grad_fn(weights)
-            _, after = rewire_network(rule, inner, before, weights, grads)
+            new, after = rewire_network(rule, inner, before, weights, grads)
             survivors = _both(before.masks, after.masks)
-            return _land(survivors, base, params), after._replace(step=stepped.step)
+            landing = _land(survivors, base, params)
+            if rule.grown is not None:
+                landing = _land_at(before.masks, after.masks, landing, new, params)
+            return landing, after._replace(step=stepped.step)
 
         if rewire is None:
             return lax.cond(is_rewire(rule, state.step), rewired, keep)
@@ -164,18 +169,35 @@ def rewire_network(
     new_masks, rule_state = rule.propose(
         state.step, key, state.masks, params, dense_grads, state.rule_state
     )
-    params = masks_lib.apply(_both(state.masks, new_masks), params)
-    born = jax.tree.map(
-        lambda old, new: jnp.zeros((), bool) if new is None else new & ~old,
-        state.masks,
-        new_masks,
-        is_leaf=lambda x: x is None,
-    )
+    born = _born(state.masks, new_masks)
+    kept = masks_lib.apply(_both(state.masks, new_masks), params)
+    if rule.grown is not None:
+        own_key = jax.random.fold_in(key, _GROWN)
+        trees = state.masks, new_masks, params, dense_grads, rule_state
+        values = rule.grown(own_key, state.step, *trees)
+        kept = masks_lib.tree_map(_put, new_masks, born, values, kept)
+    params = kept
     fresh = inner.init(params)
     reset = _where_slots(inner, state.inner_state, fresh, state.inner_state, born)
     return params, state._replace(
         masks=new_masks, rule_state=rule_state, inner_state=reset
     )
+
+
+# Folded into the key of a rewire for `grown`: no layer has this index.
+_GROWN = 2**31 - 1
+
+
+def _born(old: Masks, new: Masks) -> PyTree:
+    """The newly grown weights; False at dense leaves."""
+    return masks_lib.tree_map(
+        lambda m, n: jnp.zeros((), bool) if n is None else n & ~m, old, new
+    )
+
+
+def _put(mask, born, value, param):
+    """A layer with the grown weights at their values."""
+    return param if mask is None else jnp.where(born, value.astype(param.dtype), param)
 
 
 def _both(old: Masks, new: Masks) -> Masks:
@@ -194,6 +216,21 @@ def _land(active: Masks, updates: PyTree, params: Params) -> PyTree:
         return jnp.where(mask, update, -param.astype(update.dtype))
 
     return masks_lib.tree_map(land, active, updates, params)
+
+
+def _land_at(old: Masks, new: Masks, updates: PyTree, targets: PyTree, params: Params):
+    """The updates, but to the targets for the newly grown weights.
+
+    A weight is zero before it is grown, so the update is the target's own bits.
+    """
+
+    def land(before, after, update, target, param):
+        if after is None:
+            return update
+        grown = target.astype(update.dtype) - param.astype(update.dtype)
+        return jnp.where(after & ~before, grown, update)
+
+    return masks_lib.tree_map(land, old, new, updates, targets, params)
 
 
 def _where_slots(inner, state, yes, no, condition: PyTree | None = None):

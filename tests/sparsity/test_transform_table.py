@@ -8,8 +8,15 @@ import numpy as np
 import optax
 import pytest
 
+from lottery_flow.sparsity import (
+    granularity,
+    rules,
+    rules_adaptive,
+    rules_growth,
+    rules_pruning,
+    schedules,
+)
 from lottery_flow.sparsity import masks as masks_lib
-from lottery_flow.sparsity import rules, schedules
 from lottery_flow.sparsity.transform import sparsify
 
 STEPS, EVERY = 22, 5
@@ -72,7 +79,18 @@ RULES = {
     "gradual_pruning": rules.gradual_pruning(
         begin=5, end=20, interval=EVERY, final_sparsity=FINAL_SPARSITY
     ),
+    "set_signed": rules.set_signed(*_TIMES),
+    "one_of_two": rules.rigl(*_TIMES, granularity=granularity.n_of_m(1, 2)),
+    "rigl_grad_sign": rules_growth.with_grown(rules.rigl(*_TIMES), "grad_sign", 3.0),
+    "snfs": rules_adaptive.snfs(*_TIMES),
+    "dsr": rules_adaptive.dsr(_TIMES[0], n_prune=6, threshold=0.4),
+    "global_pruning": rules_pruning.global_gradual_pruning(
+        begin=5, end=20, interval=EVERY, final_sparsity=0.85
+    ),
+    "han_pruning": rules_pruning.han_pruning(_TIMES[0], 0.4),
 }
+# These start from full masks and grow nothing.
+PRUNING = "gradual_pruning", "global_pruning", "han_pruning"
 ROWS = [(name, "rigl") for name in OPTIMIZERS] + [
     ("momentum", "static"),
     ("momentum", "set"),
@@ -83,6 +101,13 @@ ROWS = [(name, "rigl") for name in OPTIMIZERS] + [
     ("adam", "rigl_instead"),
     ("multi_steps", "rigl_instead"),
     ("updates_bfloat16", "rigl_instead"),
+    ("momentum", "set_signed"),
+    ("momentum", "one_of_two"),
+    ("updates_bfloat16", "rigl_grad_sign"),
+    ("momentum", "snfs"),
+    ("params_bfloat16", "dsr"),
+    ("momentum", "global_pruning"),
+    ("momentum", "han_pruning"),
 ]
 every_row = pytest.mark.parametrize("row", ROWS, ids="-".join)
 
@@ -128,8 +153,11 @@ def run(row):
     params = random_tree(0, dtype)
     key = jax.random.key(1)
     masks = masks_lib.random(key, params, ACTIVE)
-    if rule_name == "gradual_pruning":
+    if rule_name in PRUNING:
         masks = masks_lib.full(params, ACTIVE)
+    elif rule_name == "one_of_two":
+        half, shape = {"conv": 16, "fc": 15}, granularity.n_of_m(1, 2)
+        masks = granularity.random(key, params, half, shape)
     tx = sparsify(inner, masks, RULES[rule_name], key=key)
 
     def both(grads, state, params):
@@ -185,10 +213,19 @@ def rewires(row):
 
 
 def wanted_counts(rule_name, n):
-    if rule_name != "gradual_pruning":
+    """Active weights of each layer, or of all; None where the weights decide."""
+    if rule_name == "han_pruning":
+        return None
+    if rule_name in ("snfs", "dsr"):
+        return sum(ACTIVE.values())
+    if rule_name == "one_of_two":
+        return {"conv": 16, "fc": 15}
+    if rule_name not in PRUNING:
         return ACTIVE
     t = EVERY * ((n + 1) // EVERY)
     left = 1 - np.clip((t - 5) / 15, 0, 1)
+    if rule_name == "global_pruning":
+        return round(62 * (1 - (0.85 - 0.85 * left**3)))
     sizes = {"conv": 32, "fc": 30}
     return {
         k: round(sizes[k] * (1 - (s - s * left**3))) for k, s in FINAL_SPARSITY.items()
@@ -214,7 +251,24 @@ def test_after_every_step_an_inactive_weight_is_bit_exactly_zero(row):
 def test_a_rewire_conserves_the_budget_exactly_layer_by_layer(row):
     for s in run(row)[1]:
         counts = {k: int(m.sum()) for k, m in s["after"]["masks"].items()}
-        assert counts == wanted_counts(row[1], s["n"])
+        wanted = wanted_counts(row[1], s["n"])
+        if wanted is not None:
+            given = counts if isinstance(wanted, dict) else sum(counts.values())
+            assert given == wanted
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r[1] in PRUNING], ids="-".join)
+def test_a_pruned_weight_never_returns(row):
+    for s in run(row)[1]:
+        for layer, mask in s["after"]["masks"].items():
+            assert not (mask & ~s["before"]["masks"][layer]).any()
+
+
+@pytest.mark.parametrize("rule_name", ["snfs", "dsr"])
+def test_rules_that_move_weights_between_layers_do(rule_name):
+    (row,) = (r for r in ROWS if r[1] == rule_name)
+    counts = [s["after"]["masks"]["fc"].sum() for s in run(row)[1]]
+    assert len(set(counts)) > 1
 
 
 @every_row
@@ -222,23 +276,31 @@ def test_masks_change_in_due_steps_only(row):
     for s in run(row)[1]:
         pairs = [(s["before"]["masks"][k], s["after"]["masks"][k]) for k in ACTIVE]
         changed = any((a != b).any() for a, b in pairs)
-        first_pruning = row[1] == "gradual_pruning" and s["n"] == EVERY - 1
+        gradual = row[1] in ("gradual_pruning", "global_pruning")
+        first_pruning = gradual and s["n"] == EVERY - 1
         assert changed == (is_due(row[1], s["n"]) and not first_pruning)
 
 
 @every_row
 def test_a_newly_grown_weight_starts_at_zero_with_its_slots_as_at_init(row):
+    """Or at the value of the rule, with the same bits."""
     initial, n_born = run(row)[0], 0
     for s in rewires(row):
         born = {k: m & ~s["before"]["masks"][k] for k, m in s["after"]["masks"].items()}
         for layer, where in born.items():
             n_born += where.sum()
-            assert not bits(s["after"]["params"][layer])[where].any()
+            value = s["after"]["params"][layer]
+            start = np.zeros_like(value)
+            if row[1] == "rigl_grad_sign":
+                start = np.sign(random_tree(s["n"] + 1)[layer]["kernel"]) / np.float32(
+                    3
+                )
+            assert (bits(value) == bits(start))[where].all()
         for path, (layer, slot) in s["after"]["slots"].items():
             at_init = initial["slots"][path][1]
             assert (slot == at_init)[born[layer]].all()
     assert initial["slots"]
-    assert (n_born > 0) == (row[1] not in ("static", "gradual_pruning"))
+    assert (n_born > 0) == (row[1] not in ("static", *PRUNING))
 
 
 @every_row
