@@ -5,20 +5,20 @@ sentence that names the field, its value and the remedy.
 """
 
 import math
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lottery_flow import check, checkpoint, data, draw, method, models, runs
+from lottery_flow import check, data, draw, initial, method, models, runs
 from lottery_flow import config as config_lib
 from lottery_flow.errors import UserError
 from lottery_flow.job import Job
 from lottery_flow.members import own_fields
 from lottery_flow.parallel import Devices
-from lottery_flow.sparsity import distributions
+from lottery_flow.sparsity import distributions, granularity
 from lottery_flow.sparsity import masks as masks_lib
 
 
@@ -33,17 +33,27 @@ def build(config: ConfigDict, seed: int) -> Job:
     decay = method.decay(config)
     fade = method.fade(config, decay)
     n_active = _n_active(config, shapes)
-    prunes = config.sparsity.rule == "gradual_pruning"
-    sparsity = _layer_sparsity(config, shapes) if prunes else {}
+    layers = masks_lib.layers(shapes)
+    known = method.Known(
+        sizes={k: v.size for k, v in layers.items()},
+        n_active=n_active,
+        final_sparsity=_layer_sparsity(config, shapes),
+        n_train=spec.n_train,
+    )
+    parameterization = method.parameterization(config, known)
+    decayed = (
+        masks_lib.in_layers if parameterization is None else parameterization.decayed
+    )
     own = own_fields(config) + runs.UNHASHED
     knobs = {"learning_rate": config.optim.learning_rate}
     if fade is not None:
         knobs["drop_fraction"] = config.sparsity.drop_fraction
 
     def make_method(knobs):
-        inner = method.optimizer(config, method.scaled(decay, knobs["learning_rate"]))
+        rate = method.scaled(decay, knobs["learning_rate"])
         fraction = fade and method.scaled(fade, knobs["drop_fraction"])
-        return inner, method.rule(config, sparsity, fraction)
+        inner = method.optimizer(config, rate, decayed)
+        return inner, method.rule(config, known, fraction)
 
     fraction = fade and method.scaled(fade, config.sparsity.drop_fraction)
     return Job(
@@ -59,15 +69,18 @@ def build(config: ConfigDict, seed: int) -> Job:
         norm_examples=config.model.norm_examples,
         accumulate_steps=config.train.accumulate_steps,
         ema_decay=config.train.ema_decay,
-        rule=method.rule(config, sparsity, fraction),
+        rule=method.rule(config, known, fraction),
+        parameterization=parameterization,
         make_method=make_method,
         knobs={k: np.float32(v) for k, v in knobs.items()},
-        make_network=lambda: _network(config, model, shapes, seed, n_active),
+        make_network=partial(
+            initial.network, config, model, spec, shapes, n_active, seed
+        ),
         rewire_key=jax.random.fold_in(key, draw.REWIRE),
         step_key=jax.random.fold_in(key, draw.STEP),
         learning_rate=method.scaled(decay, config.optim.learning_rate),
         drop_fraction=fraction,
-        total_steps=config.train.total_steps,
+        total_steps=method.total_steps(config),
         batch_size=config.train.batch_size,
         probe_examples=config.train.probe_examples,
         grow_examples=config.sparsity.grow_examples if fraction else 0,
@@ -163,7 +176,17 @@ def _n_active(config, shapes) -> dict[str, int]:
     """Active weights of each layer that a random mask, or pruning, leaves."""
     distribute = distributions.DISTRIBUTIONS[config.sparsity.distribution]
     try:
-        n_active = distribute(*_distribution(config, shapes), **_own(config))
+        layer_shapes, sparsity = _distribution(config, shapes)
+        n_active = distribute(layer_shapes, sparsity, **_own(config))
+        # n of every m is a sparsity of its own.
+        groups = method.granularity(config)
+        own = granularity.own_sparsity(groups)
+        if own is not None and abs(own - sparsity) > 1e-9:
+            raise ValueError(
+                f"granularity={config.sparsity.granularity} has the sparsity {own}, "
+                f"not {sparsity}; give that"
+            )
+        n_active = granularity.round_counts(groups, n_active, layer_shapes)
     except ValueError as error:
         raise UserError(f"sparsity: {error}") from error
     return n_active
@@ -193,59 +216,3 @@ def _own(config) -> dict[str, Any]:
         "dense": tuple(name for name in dense if name),
         "layer_sparsity": distributions.parse_layer_map(config.sparsity.layer_sparsity),
     }
-
-
-def _network(config, model, shapes, seed: int, n_active) -> checkpoint.Network:
-    sparsity, key = config.sparsity, jax.random.key(seed)
-    source_masks = source = None
-    if sparsity.masks_from:
-        source_masks = _source(config, "masks", seed, shapes).masks
-        if not jax.tree.leaves(source_masks):
-            raise UserError(
-                f"sparsity.masks_from={sparsity.masks_from!r} is a dense network "
-                "without masks; give a sparse run, or leave it empty"
-            )
-    if sparsity.weights_from:
-        source = _source(config, "weights", seed, shapes)
-    recipe = draw.Recipe(
-        model_init=model.init,
-        init=config.model.init,
-        init_options=tuple(init_options(config).items()),
-        n_active=tuple(n_active.items()),
-        full_masks=sparsity.rule == "gradual_pruning",
-        shuffle_masks=sparsity.shuffle_masks,
-    )
-    taken = None if source is None else (source.params, source.batch_stats)
-    return draw.draw(recipe, key, source_masks, taken)
-
-
-def init_options(config: ConfigDict) -> dict[str, Any]:
-    """What a configuration asks of its initialisation, beside the init's own."""
-    options = {
-        "fan": config.model.init_fan,
-        "distribution": config.model.init_distribution,
-        "gain": config.model.init_gain,
-    }
-    return {k: v for k, v in options.items() if v}
-
-
-def _source(config, what: str, seed: int, params) -> checkpoint.Network:
-    """The network that `masks` or `weights` come from, of the shapes of `params`."""
-    directory = config.sparsity[f"{what}_from"].replace("{seed}", str(seed))
-    step = config.sparsity[f"{what}_step"]
-    field = f"sparsity.{what}_from={directory!r}"
-    try:
-        _, found = checkpoint.restore_network(Path(directory) / "checkpoints", step)
-        own, other = (
-            {k: v.shape for k, v in masks_lib.named_leaves(tree).items()}
-            for tree in (params, found.params)
-        )
-    except UserError as error:
-        raise UserError(f"{field}: {error}") from error
-    for name in sorted(own.keys() | other.keys()):
-        if own.get(name) != other.get(name):
-            raise UserError(
-                f"{field}: {name} has shape {other.get(name)} there and "
-                f"{own.get(name)} here; give a run of the same model"
-            )
-    return found

@@ -6,16 +6,14 @@ anything is computed or written.
 
 import itertools
 import re
-from collections.abc import Collection
 
-import numpy as np
 from ml_collections import ConfigDict
 
-from lottery_flow import augment, data, models, population
+from lottery_flow import augment, check_method, data, limits, method, models, population
 from lottery_flow.errors import UserError
 from lottery_flow.sparsity import distributions, initializers
+from lottery_flow.sparsity.methods import RULES
 
-RULES = ("static", "set", "rigl", "rigl_inverted", "gradual_pruning")
 OPTIMIZERS = ("keras_momentum", "momentum", "adam", "adamw")
 DROP_SCHEDULES = ("learning_rate", "cosine", "constant")
 
@@ -27,19 +25,23 @@ def fields(config: ConfigDict) -> None:
             f"name={config.name!r} cannot name a directory; give letters, digits, "
             "dots, dashes and underscores, the first no dot or dash"
         )
-    _at_least("data.image_size", config.data.image_size, 0)
-    _at_least("data.workers", config.data.workers, 0)
+    limits.at_least("data.image_size", config.data.image_size, 0)
+    limits.at_least("data.workers", config.data.workers, 0)
     spec = data.find(config.data.name, config.data.dir, config.data.image_size).spec
-    _known("model.name", config.model.name, models.MODELS)
-    _known("model.init", config.model.init, initializers.INITIALIZERS)
-    _known("model.lowering", config.model.lowering, models.LOWERINGS)
-    _known("model.norm", config.model.norm, ("", *models.NORMS))
-    _known("model.kernel_init", config.model.kernel_init, ("", *models.KERNEL_INITS))
-    _known("model.dtype", config.model.dtype, ("float32", "bfloat16"))
+    limits.known("model.name", config.model.name, models.MODELS)
+    limits.known("model.init", config.model.init, initializers.INITIALIZERS)
+    limits.known("model.lowering", config.model.lowering, models.LOWERINGS)
+    limits.known("model.norm", config.model.norm, ("", *models.NORMS))
+    limits.known(
+        "model.kernel_init", config.model.kernel_init, ("", *models.KERNEL_INITS)
+    )
+    limits.known("model.dtype", config.model.dtype, ("float32", "bfloat16"))
     fans, draws = ("fan_in", "fan_out", "fan_avg"), ("normal", "uniform", "truncated")
-    _known("model.init_fan", config.model.init_fan, ("", *fans))
-    _known("model.init_distribution", config.model.init_distribution, ("", *draws))
-    _at_least("model.init_gain", config.model.init_gain, 0.0)
+    limits.known("model.init_fan", config.model.init_fan, ("", *fans))
+    limits.known(
+        "model.init_distribution", config.model.init_distribution, ("", *draws)
+    )
+    limits.at_least("model.init_gain", config.model.init_gain, 0.0)
     if config.model.init == "module":
         for field in ("init_fan", "init_distribution", "init_gain"):
             if config.model[field]:
@@ -54,8 +56,10 @@ def fields(config: ConfigDict) -> None:
             f"kernels, which model.init={config.model.init!r} draws anew; write "
             "model.init=module"
         )
-    _known("optim.name", config.optim.name, OPTIMIZERS)
-    _known("optim.schedule", config.optim.schedule, ("cosine", "constant", "step"))
+    limits.known("optim.name", config.optim.name, OPTIMIZERS)
+    limits.known(
+        "optim.schedule", config.optim.schedule, ("cosine", "constant", "step")
+    )
     milestones = tuple(config.optim.milestone_steps)
     if bool(milestones) != (config.optim.schedule == "step"):
         raise UserError(
@@ -69,32 +73,34 @@ def fields(config: ConfigDict) -> None:
         raise UserError(
             f"optim.milestone_steps={milestones}: give rising numbers from {first}"
         )
-    _above("optim.decay_factor", config.optim.decay_factor, 0.0)
-    _fraction("loss.label_smoothing", config.loss.label_smoothing)
-    _above("optim.learning_rate", config.optim.learning_rate, 0.0)
-    _at_least("optim.weight_decay", config.optim.weight_decay, 0.0)
-    _fraction("optim.momentum", config.optim.momentum)
+    limits.above("optim.decay_factor", config.optim.decay_factor, 0.0)
+    limits.fraction("loss.label_smoothing", config.loss.label_smoothing)
+    limits.above("optim.learning_rate", config.optim.learning_rate, 0.0)
+    limits.at_least("optim.weight_decay", config.optim.weight_decay, 0.0)
+    limits.fraction("optim.momentum", config.optim.momentum)
     sparsity, train = config.sparsity, config.train
-    _known("sparsity.rule", sparsity.rule, RULES)
-    _known("sparsity.distribution", sparsity.distribution, distributions.DISTRIBUTIONS)
-    _known("sparsity.drop_schedule", sparsity.drop_schedule, DROP_SCHEDULES)
-    _known("sparsity.timing", sparsity.timing, ("after", "instead"))
-    _fraction("sparsity.sparsity", sparsity.sparsity)
-    _at_least("sparsity.drop_fraction", sparsity.drop_fraction, 0.0)
-    _at_most("sparsity.drop_fraction", sparsity.drop_fraction, 1.0)
-    _at_least("sparsity.interval_steps", sparsity.interval_steps, 1)
-    _at_least("sparsity.begin_steps", sparsity.begin_steps, 0)
-    _at_least("sparsity.grow_examples", sparsity.grow_examples, 0)
+    limits.known("sparsity.rule", sparsity.rule, RULES)
+    limits.known(
+        "sparsity.distribution", sparsity.distribution, distributions.DISTRIBUTIONS
+    )
+    limits.known("sparsity.drop_schedule", sparsity.drop_schedule, DROP_SCHEDULES)
+    limits.known("sparsity.timing", sparsity.timing, ("after", "instead"))
+    limits.fraction("sparsity.sparsity", sparsity.sparsity)
+    limits.at_least("sparsity.drop_fraction", sparsity.drop_fraction, 0.0)
+    limits.at_most("sparsity.drop_fraction", sparsity.drop_fraction, 1.0)
+    limits.at_least("sparsity.interval_steps", sparsity.interval_steps, 1)
+    limits.at_least("sparsity.begin_steps", sparsity.begin_steps, 0)
+    limits.at_least("sparsity.grow_examples", sparsity.grow_examples, 0)
     for field in ("total_steps", "batch_size", "probe_examples"):
-        _at_least(f"train.{field}", train[field], 1)
+        limits.at_least(f"train.{field}", train[field], 1)
     for field in ("log_every_steps", "checkpoint_every_steps"):
-        _at_least(f"train.{field}", train[field], 1)
+        limits.at_least(f"train.{field}", train[field], 1)
     for field in ("keep_checkpoints", "member_devices", "data_devices", "chunk_steps"):
-        _at_least(f"train.{field}", train[field], 0)
-    _at_least("train.model_devices", train.model_devices, 1)
-    _at_least("train.accumulate_steps", train.accumulate_steps, 1)
-    _fraction("train.ema_decay", train.ema_decay)
-    _at_least("model.norm_examples", config.model.norm_examples, 0)
+        limits.at_least(f"train.{field}", train[field], 0)
+    limits.at_least("train.model_devices", train.model_devices, 1)
+    limits.at_least("train.accumulate_steps", train.accumulate_steps, 1)
+    limits.fraction("train.ema_decay", train.ema_decay)
+    limits.at_least("model.norm_examples", config.model.norm_examples, 0)
     parts = train.accumulate_steps
     if train.batch_size % parts:
         raise UserError(
@@ -109,17 +115,17 @@ def fields(config: ConfigDict) -> None:
             f"{train.batch_size // parts} images of a step (of a part of it, with "
             "train.accumulate_steps); give a divisor"
         )
-    _known("data.augment", config.data.augment, augment.AUGMENTATIONS)
+    limits.known("data.augment", config.data.augment, augment.AUGMENTATIONS)
     if config.data.augment and config.data.name not in data.DATASETS:
         raise UserError(
             f"data.augment={config.data.augment!r}: {config.data.name} is decoded on "
             "the way, with crops and flips of its own; leave it empty"
         )
-    _known("train.population", train.population, population.WAYS)
-    _at_least("data.order_seed", config.data.order_seed, -1)
-    _at_least("optim.warmup_steps", config.optim.warmup_steps, 0)
-    _at_least("eval.every_steps", config.eval.every_steps, 0)
-    _at_least("eval.batch_size", config.eval.batch_size, 1)
+    limits.known("train.population", train.population, population.WAYS)
+    limits.at_least("data.order_seed", config.data.order_seed, -1)
+    limits.at_least("optim.warmup_steps", config.optim.warmup_steps, 0)
+    limits.at_least("eval.every_steps", config.eval.every_steps, 0)
+    limits.at_least("eval.batch_size", config.eval.batch_size, 1)
     if config.optim.warmup_steps >= train.total_steps:
         raise UserError(
             f"optim.warmup_steps={config.optim.warmup_steps} leaves no step of "
@@ -136,7 +142,9 @@ def fields(config: ConfigDict) -> None:
             f"sparsity.end_steps={end} is before "
             f"sparsity.begin_steps={sparsity.begin_steps}; give a later end, or -1"
         )
-    if sparsity.rule == "gradual_pruning":
+    check_method.methods(config)
+    check_method.tickets(config)
+    if method.takes(config, "end"):
         if end <= sparsity.begin_steps:
             raise UserError(
                 f"sparsity.end_steps={end}: gradual pruning needs an end after "
@@ -154,19 +162,8 @@ def fields(config: ConfigDict) -> None:
                 f"{train.total_steps}, so the final sparsity would not be reached; "
                 "give an earlier end"
             )
-        if sparsity.timing == "instead":
-            raise UserError(
-                "sparsity.timing='instead': gradual pruning prunes after the gradient "
-                "step; write after"
-            )
-        if sparsity.masks_from:
-            raise UserError(
-                f"sparsity.masks_from={sparsity.masks_from!r}: gradual pruning starts "
-                "from full masks; leave it empty"
-            )
     n_train = spec.n_train
-    drops = sparsity.rule not in ("static", "gradual_pruning")
-    grow = sparsity.grow_examples if drops else 0
+    grow = sparsity.grow_examples if method.takes(config, "fraction") else 0
     if train.probe_examples + grow > n_train:
         raise UserError(
             f"train.probe_examples={train.probe_examples} and "
@@ -178,29 +175,3 @@ def fields(config: ConfigDict) -> None:
             f"train.batch_size={train.batch_size} exceeds the {n_train} training "
             f"images of {config.data.name}; give a smaller one"
         )
-
-
-def _known(field: str, value: str, allowed: Collection[str]) -> None:
-    if value not in allowed:
-        names = ", ".join(repr(a) for a in allowed)
-        raise UserError(f"{field}={value!r} is unknown; give one of {names}")
-
-
-def _at_least(field: str, value: float | int, bound: float | int) -> None:
-    if not value >= bound or not np.isfinite(value):
-        raise UserError(f"{field}={value}: give a finite number of at least {bound}")
-
-
-def _at_most(field: str, value: float | int, bound: float | int) -> None:
-    if not value <= bound:
-        raise UserError(f"{field}={value}: give at most {bound}")
-
-
-def _above(field: str, value: float | int, bound: float | int) -> None:
-    if not value > bound or not np.isfinite(value):
-        raise UserError(f"{field}={value}: give a finite number above {bound}")
-
-
-def _fraction(field: str, value: float | int) -> None:
-    if not 0.0 <= value < 1.0:
-        raise UserError(f"{field}={value}: give a fraction from 0 to below 1")

@@ -98,8 +98,22 @@ def default() -> ConfigDict:
                 "label_smoothing": 0.0,
             },
             "sparsity": {
-                # static, set, rigl, rigl_inverted, gradual_pruning.
+                # How masks change in training, see RULES of sparsity/methods.py, and
+                # options of that rule: 'quality=0.5'.
                 "rule": "static",
+                "rule_options": "",
+                # How masks are chosen before training, see METHODS of
+                # sparsity/at_init.py, '' for random ones: 'snip', and its options:
+                # 'rounds=10,invert=True'.
+                "at_init": "",
+                "at_init_options": "",
+                # What is trained instead of the weights, see PARAMETERIZATIONS of
+                # sparsity/parameterizations.py, '' for the weights: 'str', and its
+                # options: 'init=-8.0'. Steps over which its penalty rises to its
+                # scale.
+                "parameterization": "",
+                "parameterization_options": "",
+                "penalty_warmup_steps": 0,
                 # Share of the kernels' weights that are inactive, from 0 to below
                 # 1; what a random mask starts with or gradual pruning ends with.
                 "sparsity": 0.0,
@@ -112,6 +126,8 @@ def default() -> ConfigDict:
                 "masks_from": "",
                 "masks_step": -1,
                 "shuffle_masks": False,  # permute each layer's mask
+                # Draw the weights anew after pruning at initialisation.
+                "fresh_weights": False,
                 "weights_from": "",
                 "weights_step": 0,
                 # Rewires at begin, begin + interval, ... up to end (-1: forever).
@@ -123,9 +139,36 @@ def default() -> ConfigDict:
                 # end_steps, else with optim.schedule_steps), constant.
                 "drop_schedule": "learning_rate",
                 "timing": "after",  # after the gradient step, or instead of it
+                # Of newly grown weights: zeros, initial_dist, random_normal,
+                # random_uniform, grad_scale, grad_sign; the others over the divisor.
+                "grow_init": "zeros",
+                "grow_init_divisor": 1.0,
+                # What is kept or dropped as one: '' single weights, '2:4' two of four
+                # inputs, 'block4x4' of inputs and outputs, 'channel' whole outputs.
+                "granularity": "",
                 # Growth scores are taken on this many training images of their
                 # own, at the new weights; 0: the training batch of the step.
                 "grow_examples": 1000,
+            },
+            # Training, pruning and going back, in rounds; see levels.py.
+            "tickets": {
+                "rounds": 0,  # of pruning, each followed by a training; 0: none
+                # The share of the active weights that a round removes; 0.0: what
+                # reaches sparsity.sparsity after all of them.
+                "rate": 0.0,
+                "layer_rates": "",  # of single layers: 'fc3=0.1'
+                "scope": "global",  # one ranking of all layers, or of each: layer
+                "criterion": "large_final",  # TICKET_CRITERIA of ticket_criteria.py
+                # Each training starts from the weights of a step (weights), or from
+                # the last ones with the schedule of that step on (learning_rate) or
+                # with its last learning rate (fine_tune), for as many steps.
+                "rewind": "weights",
+                "rewind_steps": 0,
+                # What is done to these: nothing (rewind), or another of TREATMENTS
+                # of ticket_weights.py.
+                "treatment": "rewind",
+                "treatment_options": "",  # of it: 'scale=0.5'
+                "level": 0,  # rounds before this training, set by the program
             },
             "train": {
                 "seeds": (0,),  # trained together, each in a directory of its own
@@ -237,6 +280,10 @@ def _shrink(config: ConfigDict) -> None:
     config.eval.every_steps = 6
     config.sparsity.grow_examples = min(config.sparsity.grow_examples, 100)
     config.sparsity.interval_steps = 3
+    config.sparsity.penalty_warmup_steps = min(3, config.sparsity.penalty_warmup_steps)
+    config.tickets.rounds = min(config.tickets.rounds, 2)
+    if config.tickets.rewind_steps:
+        config.tickets.rewind_steps = 6
     if config.sparsity.begin_steps:
         config.sparsity.begin_steps = 2
     if config.sparsity.end_steps >= 0:

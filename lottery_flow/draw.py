@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from lottery_flow.checkpoint import Network
-from lottery_flow.sparsity import initializers
+from lottery_flow.sparsity import granularity, initializers
 from lottery_flow.sparsity import masks as masks_lib
+from lottery_flow.sparsity.granularity import Granularity
 from lottery_flow.sparsity.masks import Masks
 
 # Which stream of a run's randomness: fold_in(key(seed), stream).
-PARAMS, INIT, MASKS, REWIRE, STEP, FRESH_INIT = range(6)
+PARAMS, INIT, MASKS, REWIRE, STEP, FRESH_INIT, FRESH_PARAMS = range(7)
 
 
 class Recipe(NamedTuple):
@@ -30,6 +31,8 @@ class Recipe(NamedTuple):
       n_active: active weights of each layer, in pairs.
       full_masks: start with every weight of the layers that will be sparse.
       shuffle_masks: permute each layer's mask.
+      granularity: of random masks, see `sparsity.granularity`.
+      fresh: draw other weights than those that masks were made from.
     """
 
     model_init: Callable
@@ -38,6 +41,8 @@ class Recipe(NamedTuple):
     n_active: tuple[tuple[str, int], ...]
     full_masks: bool
     shuffle_masks: bool
+    granularity: Granularity | None
+    fresh: bool
 
 
 # One program: op by op, compiling it would take most of a short run.
@@ -50,10 +55,12 @@ def draw(
     Args:
       recipe: how.
       key: `jax.random.key` of the seed.
-      source_masks: masks of an earlier run to take instead of random ones.
+      source_masks: masks to take instead of random ones.
       source: (params, batch_stats) of an earlier run to take instead of fresh ones.
     """
-    variables = recipe.model_init(jax.random.fold_in(key, PARAMS))
+    streams = (FRESH_PARAMS, FRESH_INIT) if recipe.fresh else (PARAMS, INIT)
+    params_key, init_key = (jax.random.fold_in(key, stream) for stream in streams)
+    variables = recipe.model_init(params_key)
     params, n_active = variables["params"], dict(recipe.n_active)
     masks_key = jax.random.fold_in(key, MASKS)
     if source_masks is not None:
@@ -63,12 +70,9 @@ def draw(
         pruned = {k: n for k, n in n_active.items() if n != sizes[k]}
         masks = masks_lib.full(params, pruned)
     else:
-        masks = masks_lib.random(masks_key, params, n_active)
+        masks = granularity.random(masks_key, params, n_active, recipe.granularity)
     if recipe.shuffle_masks:
         masks = masks_lib.shuffle(masks_key, masks)
-    # Under masks of a run with the same seed the usual draw would be that run's
-    # own: not a fresh initialisation, but its lottery ticket.
-    init_key = jax.random.fold_in(key, INIT if source_masks is None else FRESH_INIT)
     init = initializers.INITIALIZERS[recipe.init]
     params = init(init_key, params, masks, **dict(recipe.init_options))
     batch_stats = variables.get("batch_stats", {})

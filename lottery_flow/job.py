@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 import optax
 
-from lottery_flow import augment, data, models
+from lottery_flow import augment, data, models, state
 from lottery_flow.parallel import Devices
-from lottery_flow.sparsity.masks import Masks
+from lottery_flow.sparsity import reparameterize
+from lottery_flow.sparsity.parameterization import Parameterization
 from lottery_flow.sparsity.rules import Rule
 from lottery_flow.sparsity.transform import sparsify
+from lottery_flow.state import TrainState
 from lottery_flow.steps import Steps, make_steps
 
 
@@ -31,11 +33,13 @@ class Job(NamedTuple):
       augment: of images in memory, see `augment`.
       label_smoothing, norm_examples, accumulate_steps, ema_decay: see `make_steps`.
       rule: how the topology changes.
+      parameterization: what is trained instead of the weights, or None.
       make_method: `(knobs) -> (optimizer, rule)`; the knobs may be traced.
       knobs: float32 scalars that members may differ in, {} of `learning_rate` (the
         peak) and `drop_fraction` (the first).
-      make_network: `() -> checkpoint.Network`, the network before the first step;
-        reads the run that masks or weights come from.
+      make_network: `(dataset=None) -> checkpoint.Network`, the network before the first
+        step; reads the run that masks or weights come from, and looks at training
+        examples if they are pruned by.
       rewire_key: typed key of the rule.
       step_key: typed key of the train state.
       learning_rate: step -> rate.
@@ -56,6 +60,7 @@ class Job(NamedTuple):
     accumulate_steps: int
     ema_decay: float
     rule: Rule
+    parameterization: Parameterization | None
     make_method: Callable
     knobs: dict[str, Any]
     make_network: Callable
@@ -88,6 +93,7 @@ class Job(NamedTuple):
             norm_examples=self.norm_examples,
             accumulate_steps=self.accumulate_steps,
             ema_decay=self.ema_decay,
+            parameterization=self.parameterization,
         )
 
     def draws(self, step: int) -> Any:
@@ -95,7 +101,14 @@ class Job(NamedTuple):
         n, b = self.spec.n_train, self.batch_size
         return augment.draws(self.augment, self.data_seed, step, n, b)
 
-    def make_tx(self, masks: Masks, key: Any, knobs: dict[str, Any]):
-        """The transformation of `make_method`, see `sparsify`."""
+    def create(self, network: Any, rewire_key, step_key, knobs) -> TrainState:
+        """The state of a `checkpoint.Network` before the first step."""
         inner, rule = self.make_method(knobs)
-        return sparsify(inner, masks, rule, key=key)
+        params, stats, ema = network.params, network.batch_stats, self.ema_decay > 0
+        if self.parameterization is None:
+            tx = sparsify(inner, network.masks, rule, key=rewire_key)
+            return state.create(tx, params, stats, step_key, ema=ema)
+        params, opt_state = reparameterize.init(
+            self.parameterization, inner, params, network.masks, key=rewire_key
+        )
+        return state.begin(params, opt_state, stats, step_key, ema=ema)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import ConfigDict
 
-from lottery_flow import command, members, parallel, report, runs
+from lottery_flow import command, levels, members, parallel, report, runs
 from lottery_flow import config as config_lib
 from lottery_flow.build import build, flat_fields
 from lottery_flow.errors import UserError
@@ -52,8 +52,15 @@ def main(argv: Sequence[str]) -> None:
         parallel.start(*given)
     config = command.load_config()
     # Everything is checked for all members before the first is trained.
+    found = members.members(config)
+    for level in range(config.tickets.rounds + 1):
+        _train_level(level, [(levels.at(own, level), s) for own, s in found])
+
+
+def _train_level(level: int, found: list[tuple[ConfigDict, int]]) -> None:
+    """Trains all members at once, and tells what became of them."""
     workdir = flags.FLAGS.workdir
-    started = [(own, open_(own, s, workdir)) for own, s in members.members(config)]
+    started = [(own, open_(own, s, workdir)) for own, s in found]
     unfinished = [(own, run) for own, run in started if not run.paths.done.exists()]
     if unfinished:
         train_all(unfinished)
@@ -77,7 +84,7 @@ def open_(config: ConfigDict, seed: int, workdir: str) -> Run:
     paths = runs.run_paths(workdir, fields, default, seed)
     record = {"seed": seed, **fields}
     runs.check(paths, record)
-    return Run(job, paths, record)
+    return Run(levels.with_ticket(config, job, paths), paths, record)
 
 
 def train_all(started: list[tuple[ConfigDict, Run]]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from lottery_flow import method
 from lottery_flow.errors import UserError
 
 # Fields that change what a member starts from, or one of its numbers, but not the
@@ -34,13 +35,13 @@ OWN = (
     "sparsity.weights_from",
     "sparsity.weights_step",
 )
-# Gradual pruning ends at numbers of weights that its program holds.
-_PRUNED = ("sparsity.distribution", "sparsity.layer_sparsity", "sparsity.sparsity")
+# Of a method whose program knows how many weights shall be active.
+_COUNTS = ("sparsity.distribution", "sparsity.layer_sparsity", "sparsity.sparsity")
 
 
 def own_fields(config: ConfigDict) -> tuple[str, ...]:
     """The fields that members with this configuration may differ in."""
-    fixed = _PRUNED if config.sparsity.rule == "gradual_pruning" else ()
+    fixed = _COUNTS if method.holds_counts(config) else ()
     return tuple(name for name in OWN if name not in fixed)
 
 

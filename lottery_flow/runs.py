@@ -1,6 +1,6 @@
 """Run identity: which directory a run lives in, and what lies in it.
 
-    <workdir>/<config name>-<8 hex of the config>/seed_<N>/
+    <workdir>/<config name>-<8 hex of the config>/seed_<N>/[level_<N>/]
         config.json  metrics.jsonl  checkpoints/  summary.txt  figure.png  DONE
 
 The hash covers the fields that differ from the default configuration, so that a new
@@ -22,6 +22,7 @@ UNHASHED = (
     "data.dir",
     "data.workers",
     "model.lowering",
+    "tickets.level",
     "train.chunk_steps",
     "train.data_devices",
     "train.member_devices",
@@ -84,7 +85,10 @@ def config_hash(fields: Fields, default: Fields) -> str:
 def run_paths(workdir: str, fields: Fields, default: Fields, seed: int) -> RunPaths:
     """Where the run of these fields and this seed lives; creates nothing."""
     name = f"{fields['name']}-{config_hash(fields, default)}"
-    return RunPaths(Path(workdir) / name / f"seed_{seed}")
+    root = Path(workdir) / name / f"seed_{seed}"
+    if fields["tickets.rounds"]:
+        root /= f"level_{fields['tickets.level']}"
+    return RunPaths(root)
 
 
 def check(paths: RunPaths, record: Fields) -> None:

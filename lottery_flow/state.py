@@ -50,6 +50,18 @@ def create(
     """
     opt_state: Any = tx.init(params)
     params = masks_lib.apply(opt_state.masks, params)
+    return begin(params, opt_state, batch_stats, key, ema=ema)
+
+
+def begin(
+    params: Params,
+    opt_state: Any,
+    batch_stats: PyTree,
+    key: Key[Array, ""],
+    *,
+    ema: bool = False,
+) -> TrainState:
+    """The state before the first step of sparse parameters and their `SparseState`."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

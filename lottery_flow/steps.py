@@ -18,6 +18,8 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from lottery_flow.augment import take
 from lottery_flow.sparsity import masks as masks_lib
+from lottery_flow.sparsity import reparameterize
+from lottery_flow.sparsity.parameterization import Parameterization
 from lottery_flow.sparsity.transform import rewire_network, sparsify
 from lottery_flow.state import TrainState
 
@@ -25,6 +27,7 @@ from lottery_flow.state import TrainState
 # whole training split, of which a step takes some examples, looks the same.
 Batch = dict[str, Any]
 Knobs = dict[str, Any]  # see `Job.knobs`
+_NOISE = 1  # stream of the key of a step: what a parameterization draws
 
 
 class Steps(NamedTuple):
@@ -60,6 +63,7 @@ def make_steps(
     norm_examples: int = 0,
     accumulate_steps: int = 1,
     ema_decay: float = 0.0,
+    parameterization: Parameterization | None = None,
 ) -> Steps:
     """The steps of a model under a sparse transformation.
 
@@ -76,6 +80,8 @@ def make_steps(
       accumulate_steps: parts in which the gradient of a step is computed, one after
         another, to save memory. Their mean is the gradient of the batch, but for norms.
       ema_decay: d in ema = d ema + (1 - d) params, after each step; 0: no average.
+      parameterization: what is trained instead of the weights, see `reparameterize`;
+        the loss that is reported is without its penalty.
     """
 
     def forward(params, batch_stats, images, key, n_together: int):
@@ -105,17 +111,29 @@ def make_steps(
         key = jax.random.fold_in(state.key, state.step)
         return gradient(params, state.batch_stats, batch, key)
 
+    def loss_of_raw(raw, batch_stats, batch, key, n_together: int = 0):
+        assert parameterization is not None
+        params = parameterization.weights(raw, jax.random.fold_in(key, _NOISE), True)
+        return loss_fn(params, batch_stats, batch, key, n_together)
+
+    if parameterization is not None:
+        gradient_of_step = jax.value_and_grad(loss_of_raw, has_aux=True)
+    else:
+        gradient_of_step = gradient
+
     def of_parts(state: TrainState, batch: Batch):
-        """As `gradients`, for the batch of a step."""
+        """As `gradients`, for the batch of a step, of what is trained."""
         key = jax.random.fold_in(state.key, state.step)
+        trained = state.opt_state.rule_state if parameterization else state.params
         if accumulate_steps == 1:
-            return gradient(state.params, state.batch_stats, batch, key, norm_examples)
+            stats = state.batch_stats
+            return gradient_of_step(trained, stats, batch, key, norm_examples)
 
         def add(carry, part):
             stats, sums = carry
             own, i = part
-            (loss, (stats, accuracy)), grads = gradient(
-                state.params, stats, own, jax.random.fold_in(key, i), norm_examples
+            (loss, (stats, accuracy)), grads = gradient_of_step(
+                trained, stats, own, jax.random.fold_in(key, i), norm_examples
             )
             return (stats, jax.tree.map(jnp.add, sums, (loss, accuracy, grads))), None
 
@@ -125,7 +143,7 @@ def make_steps(
             batch,
         )
         zero = jnp.zeros((), jnp.float32)
-        zeros = zero, zero, jax.tree.map(jnp.zeros_like, state.params)
+        zeros = zero, zero, jax.tree.map(jnp.zeros_like, trained)
         (stats, sums), _ = jax.lax.scan(
             add, (state.batch_stats, zeros), (parts, jnp.arange(accumulate_steps))
         )
@@ -144,10 +162,20 @@ def make_steps(
 
     def advance(state: TrainState, method, batch: Batch, **options):
         inner, rule = method
-        tx = sparsify(inner, state.masks, rule, key=state.opt_state.key)
         (loss, (batch_stats, accuracy)), grads = of_parts(state, batch)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, **options)
-        params = optax.apply_updates(state.params, updates)
+        if parameterization is not None:
+            raw = state.opt_state.rule_state
+            slopes = jax.grad(parameterization.penalty)(raw, state.step)
+            grads = jax.tree.map(jnp.add, grads, slopes)
+            params, opt_state = reparameterize.update(
+                parameterization, inner, grads, state.opt_state
+            )
+        else:
+            tx = sparsify(inner, state.masks, rule, key=state.opt_state.key)
+            updates, opt_state = tx.update(
+                grads, state.opt_state, state.params, **options
+            )
+            params = optax.apply_updates(state.params, updates)
         own = {"params": params, "batch_stats": batch_stats, "opt_state": opt_state}
         new = state._replace(step=state.step + 1, **own)
         return new, grads, {"loss": loss, "accuracy": accuracy}

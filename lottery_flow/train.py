@@ -34,7 +34,7 @@ from lottery_flow.loop import Loop, Result, Run
 from lottery_flow.progress import Progress
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.sparsity.rules import is_rewire
-from lottery_flow.state import TrainState, create
+from lottery_flow.state import TrainState
 
 _LOG = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def _train(
         shared=shared,
     )
     # Whatever can fail comes before the metrics are opened, which forgets rows.
-    states = [start(run, step, create_fn, pop.mesh) for run in members]
+    states = [start(run, step, create_fn, pop.mesh, dataset) for run in members]
     state = pop.join(states)
     keep = job.keep_checkpoints
     if keep and len(members) > 1:
@@ -177,22 +177,25 @@ def _writer(run: Run, step: int, tensorboard: bool) -> metrics.Writer:
 
 
 def creation(job: Job) -> Callable:
-    """`(network, rewire_key, step_key, knobs) -> state` before the first step."""
-
-    def create_state(network, rewire_key, step_key, knobs):
-        tx = job.make_tx(network.masks, rewire_key, knobs)
-        ema = job.ema_decay > 0
-        return create(tx, network.params, network.batch_stats, step_key, ema=ema)
-
-    return jax.jit(create_state)
+    """`Job.create`, compiled."""
+    return jax.jit(job.create)
 
 
-def start(run: Run, step: int, create_fn: Callable, mesh: Mesh) -> TrainState:
-    """The state of a run at a step that it has a checkpoint of, or before the first."""
+def start(
+    run: Run,
+    step: int,
+    create_fn: Callable,
+    mesh: Mesh,
+    dataset: data.Dataset | None = None,
+) -> TrainState:
+    """The state of a run at a step that it has a checkpoint of, or before the first.
+
+    The examples are for a network that is pruned by them before it is trained.
+    """
     job, directory = run.job, run.paths.checkpoints
     own = job.rewire_key, job.step_key, job.knobs
     if not checkpoint.steps_in(directory):
-        state = create_fn(job.make_network(), *own)
+        state = create_fn(job.make_network(dataset), *own)
         return parallel.put(state, parallel.state_shardings(mesh, state))
     # Its masks say which leaves are sparse, so that a run goes on even if the run
     # that its masks came from is gone.

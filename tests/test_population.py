@@ -14,7 +14,6 @@ from lottery_flow import checkpoint, parallel, population
 from lottery_flow.errors import UserError
 from lottery_flow.loop import Result
 from lottery_flow.parallel import Devices
-from lottery_flow.state import create
 from lottery_flow.steps import make_steps
 from lottery_flow.train import train
 
@@ -207,9 +206,8 @@ def compiled(jobs, *, how: str, n_devices: int = 0, shared: bool = False):
     )
     states = []
     for own in jobs:
-        network = own.make_network()
-        tx = own.make_tx(network.masks, own.rewire_key, own.knobs)
-        states.append(create(tx, *network[:2], own.step_key))
+        keys = own.rewire_key, own.step_key
+        states.append(own.create(own.make_network(), *keys, own.knobs))
     dataset = job.load_data()
     data = {"image": dataset.train_images, "label": dataset.train_labels}
     indices = np.zeros((len(jobs), job.batch_size), np.int32)

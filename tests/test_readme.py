@@ -9,8 +9,15 @@ import jax.numpy as jnp
 README = Path(__file__).parents[1] / "README.md"
 
 
+def blocks() -> list[str]:
+    """Its code in Python: analysis, a loop, a method."""
+    found = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(found) == 3
+    return found
+
+
 def test_the_loop_of_the_readme_trains_a_sparse_network():
-    _, code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    code = blocks()[1]
     kernel = jax.random.normal(jax.random.key(0), (20, 10))
     scope = {
         "params": {"dense": {"kernel": kernel, "bias": jnp.zeros(10)}},
@@ -32,7 +39,7 @@ def test_the_loop_of_the_readme_trains_a_sparse_network():
 
 
 def test_the_analysis_of_the_readme_runs():
-    code, _ = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    code = blocks()[0]
     x = jax.random.normal(jax.random.key(0), (120, 4))
     kernel = jax.random.normal(jax.random.key(1), (4, 10))
     mask = kernel > 0

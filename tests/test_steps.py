@@ -318,8 +318,8 @@ def test_a_run_trains_on_smoothed_targets_and_evaluates_on_plain_ones():
     job = run_cli.small_job(loss__label_smoothing=0.2)
     network = job.make_network()
     sure = jax.tree.map(lambda p: 30 * p, network.params)
-    tx = job.make_tx(network.masks, job.rewire_key, job.knobs)
-    state = create(tx, sure, network.batch_stats, job.step_key)
+    network = network._replace(params=sure)
+    state = job.create(network, job.rewire_key, job.step_key, job.knobs)
     digits_ = job.load_data()
     images, labels = digits_.train_images[:50], digits_.train_labels[:50]
     batch = {"image": jnp.asarray(images), "label": jnp.asarray(labels)}

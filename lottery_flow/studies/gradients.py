@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from lottery_flow import draw
 from lottery_flow.analysis import batches as batches_lib
 from lottery_flow.analysis import gradient_flow, gradient_noise, signal
-from lottery_flow.build import init_options
 from lottery_flow.errors import UserError
+from lottery_flow.initial import init_options
 from lottery_flow.sparsity import initializers, rules, schedules
 from lottery_flow.studies.common import Findings, Options, device, network
 from lottery_flow.study import Study, next_rewire

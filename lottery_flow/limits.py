@@ -1,0 +1,33 @@
+"""Bounds of single fields: one sentence with the field, the value and the remedy."""
+
+from collections.abc import Collection
+
+import numpy as np
+
+from lottery_flow.errors import UserError
+
+
+def known(field: str, value: str, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        names = ", ".join(repr(a) for a in allowed)
+        raise UserError(f"{field}={value!r} is unknown; give one of {names}")
+
+
+def at_least(field: str, value: float | int, bound: float | int) -> None:
+    if not value >= bound or not np.isfinite(value):
+        raise UserError(f"{field}={value}: give a finite number of at least {bound}")
+
+
+def at_most(field: str, value: float | int, bound: float | int) -> None:
+    if not value <= bound:
+        raise UserError(f"{field}={value}: give at most {bound}")
+
+
+def above(field: str, value: float | int, bound: float | int) -> None:
+    if not value > bound or not np.isfinite(value):
+        raise UserError(f"{field}={value}: give a finite number above {bound}")
+
+
+def fraction(field: str, value: float | int) -> None:
+    if not 0.0 <= value < 1.0:
+        raise UserError(f"{field}={value}: give a fraction from 0 to below 1")
