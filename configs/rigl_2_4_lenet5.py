@@ -2,7 +2,7 @@
 
     python -m lottery_flow.main --config=configs/rigl_2_4_lenet5.py
 
-50 % sparsity by its kind; the first layer, whose fan-in no four divide, is dense.
+50 % sparsity by its kind; both convolutions, whose fan-in no four divide, are dense.
 Settings: those of the other configurations of this network, for comparison.
 Not yet run at full length; 11,719 steps.
 """
@@ -17,6 +17,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config = paper_lenet5("rigl_2_4_lenet5")
     config.sparsity.rule = "rigl"
     config.sparsity.granularity = "2:4"
-    config.sparsity.dense_layers = "conv1"
+    config.sparsity.dense_layers = "conv1,conv2"
     config.sparsity.sparsity = 0.5
     return finish(config, arg)

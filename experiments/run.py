@@ -34,6 +34,7 @@ EXPERIMENTS = (
     "mds",
     "ensembles",
     "fashion",
+    "method_table",
 )
 # Those that look at weights; the others are made of rows of metrics.
 OF_WEIGHTS = frozenset({"hessian_spectrum", "interpolation", "mds", "ensembles"})

@@ -68,6 +68,7 @@ class Training(NamedTuple):
       source_seed: of the pruning run that masks come from; None: the run's own.
       fields: what else differs from the file, as (field, value).
       only_seed: the one seed to train; None: those of the setup.
+      arg: what goes behind the colon of the configuration: 'sparsity=0.9,length=0.2'.
     """
 
     network: str
@@ -78,6 +79,7 @@ class Training(NamedTuple):
     source_seed: int | None = None
     fields: tuple[tuple[str, Any], ...] = ()
     only_seed: int | None = None
+    arg: str = ""
 
     def seeds(self, setup: Setup) -> tuple[int, ...]:
         """What it is trained with."""
@@ -97,7 +99,8 @@ class Training(NamedTuple):
         init = "" if self.init == "masked_dense" else f" {self.init}"
         masks = f" {self.masks}" if self.masks in ("shuffled", "random") else ""
         more = "".join(f" {k.partition('.')[2]}={v}" for k, v in self.fields)
-        return f"{own}{self.method}_{self.network}{init}{masks}{more}"
+        arg = f" {self.arg}" if self.arg else ""
+        return f"{own}{self.method}_{self.network}{arg}{init}{masks}{more}"
 
     def columns(self, setup: Setup) -> dict[str, str]:
         """What a table says of it."""
@@ -114,7 +117,8 @@ class Training(NamedTuple):
         """The whole configuration."""
         name = f"{self.method}_{self.network}"
         get_config = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]
-        config = get_config("smoke" if setup.smoke else "")
+        args = [self.arg] * bool(self.arg) + ["smoke"] * setup.smoke
+        config = get_config(",".join(args))
         with config.unlocked():
             config.data.dir = setup.data_dir
             if not setup.smoke:

@@ -253,6 +253,7 @@ def _stretch(config: ConfigDict, factor: float) -> None:
     optim.schedule_steps = round(optim.schedule_steps * factor)
     optim.warmup_steps = round(optim.warmup_steps * factor)
     optim.milestone_steps = tuple(round(s * factor) for s in optim.milestone_steps)
+    sparsity.penalty_warmup_steps = round(sparsity.penalty_warmup_steps * factor)
     sparsity.begin_steps = round(sparsity.begin_steps * factor)
     if sparsity.end_steps > 0:
         sparsity.end_steps = round(sparsity.end_steps * factor)

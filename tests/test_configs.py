@@ -23,7 +23,8 @@ N_ACTIVE = {"lenet5": 2_210, "mlp": 5_324}
 RULES = ("rigl_inverted", "rigl", "set")
 METHODS = ("dense", "small_dense", "scratch", "lottery", "prune", *RULES)
 # Those of the paper; tests/test_methods.py has the others.
-OWN = [name for name in NAMES if name.rpartition("_")[0] in METHODS]
+NETWORKS = ("lenet5", "mlp", "resnet50", "vgg16", "wrn22_2", "resnet20")
+OWN = [f"{m}_{n}" for m in METHODS for n in NETWORKS if f"{m}_{n}" in NAMES]
 PAPER = [name for name in OWN if re.search("lenet5$|mlp$", name)]
 
 

@@ -1,5 +1,6 @@
 """Every method of configs/ on a small network, through the code that trains runs."""
 
+import math
 import re
 import warnings
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import run_cli
-from test_configs import NAMES, get_config
+from test_configs import NAMES, OWN, get_config
 from test_readme import blocks
 
 from lottery_flow import checkpoint, data, method, options
@@ -113,6 +114,25 @@ def test_a_method_trains_and_rewires(name):
     assert not all(jax.tree.leaves(same))
     if kind in PRUNING:
         assert n_active(state.masks, state.params) < first
+
+
+OTHERS = [name for name in NAMES if name not in OWN and "imagenette" not in name]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_full_size_is_what_the_configuration_says(name):
+    config = get_config(name)
+    job, found = build(config, 0), layers(config)
+    sparse = {
+        k: n for k, n in found.n_active.items() if n != math.prod(found.shapes[k])
+    }
+    sizes = [math.prod(found.shapes[k]) for k in sparse]
+    if config.sparsity.granularity != "channel":  # of which there are few
+        left = 1 - sum(sparse.values()) / sum(sizes)
+        assert left == pytest.approx(config.sparsity.sparsity, abs=2e-3)
+    assert job.total_steps == config.train.total_steps
+    dense = config.sparsity.dense_layers.split(",")
+    assert {name for name in dense if name} == found.shapes.keys() - sparse.keys()
 
 
 def test_every_method_has_a_configuration():

@@ -1,0 +1,202 @@
+"""Every method on LeNet-5 and MNIST at four sparsities, with equal steps.
+
+Beyond the paper: what each method of `configs/` that trains once makes of the same
+2,344 steps (a fifth of the paper's, all schedules in proportion) from the per-neuron
+initialisation; those that need masks of another run are in `accuracy_table`. Methods
+whose sparsity follows from the data have one row, at the sparsity they came to.
+"""
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments import records, tables
+from experiments.publish import Tables
+from experiments.trainings import Setup, Training
+from lottery_flow import build, counting
+from lottery_flow.analysis import figures
+
+ABOUT = "every method at four sparsities, with equal steps"
+SPARSITIES = (0.8, 0.9, 0.95, 0.98)
+LENGTH = 0.2  # of the paper's 11,719 steps
+
+# What the gradient of the weights costs, by method:
+#   active   of active weights alone
+#   rewire   of all weights at rewires
+#   all      of all weights at every step
+#   twice    of twice the active weights (Top-KAST)
+#   dense    everything: the noise makes all weights take part
+COSTS = {
+    "scratch": "active",
+    **dict.fromkeys(
+        ("magnitude", "snip", "snip_iterative", "grasp", "synflow", "fisher"), "active"
+    ),
+    **dict.fromkeys(("set", "set_signed", "dsr", "prune", "prune_global"), "active"),
+    **dict.fromkeys(("rigl", "rigl_inverted", "rigl_grad_sign"), "rewire"),
+    **dict.fromkeys(("snfs", "dnw", "magnitude_ste", "edge_popup"), "all"),
+    "top_kast": "twice",
+}
+# At a sparsity of their own.
+FREE = {
+    "dense": "active",
+    "prune_retrain": "active",
+    "rigl_channel": "rewire",
+    "rigl_2_4": "rewire",
+    "str": "all",
+    "supermask": "all",
+    "variational_dropout": "dense",
+    "l0": "dense",
+    "bayesian_compression": "dense",
+}
+
+
+def settings(setup: Setup) -> dict:
+    """The sparsities and the length."""
+    return {"sparsities": list(SPARSITIES), "length": LENGTH}
+
+
+def runs(setup: Setup) -> list[Training]:
+    """Every method at every sparsity."""
+
+    def training(method: str, arg: str) -> Training:
+        init = "masked_dense" if method == "dense" else "per_neuron"
+        return Training("lenet5", method, init, arg=f"{arg}length={LENGTH}")
+
+    found = [training(method, "") for method in FREE]
+    for sparsity in SPARSITIES:
+        found += [training(method, f"sparsity={sparsity},") for method in COSTS]
+    return found
+
+
+def collect(setup: Setup) -> Tables:
+    """A row for each run; `summary` has one for each method and sparsity."""
+    layers = build.layers(Training("lenet5", "dense").config(setup))
+    lines = []
+    for training in runs(setup):
+        asked = training.config(setup).sparsity.sparsity
+        for seed in training.seeds(setup):
+            rows = records.rows(training, seed, setup)
+            if not rows:
+                continue
+            last = rows[-1]
+            lines.append(
+                {
+                    **training.columns(setup),
+                    "asked": np.nan if training.method in FREE else asked,
+                    "seed": seed,
+                    "step": last["step"],
+                    "test_accuracy": last["test_accuracy"],
+                    "gradient_norm_at_start": rows[0]["gradient_norm"],
+                    "density": last["density"],
+                    **{k: v for k, v in last.items() if k.startswith("density/")},
+                    "training_flops": _cost(training, rows, layers, setup),
+                }
+            )
+    rows = pd.DataFrame(lines)
+    return {"": rows, "summary": summary(rows)}
+
+
+def _cost(training: Training, rows: list[dict], layers, setup: Setup) -> float:
+    """Operations of the training over those of a dense one of the same steps."""
+    kind = (COSTS | FREE)[training.method]
+
+    def share(row: dict, factor: float = 1.0) -> float:
+        names = layers.shapes
+        n = {k: factor * row[f"density/{k}"] * layers.n_active[k] for k in names}
+        n = {k: min(v, float(layers.n_active[k])) for k, v in n.items()}
+        flops = counting.inference_flops(layers.shapes, layers.positions, n)
+        whole = counting.inference_flops(layers.shapes, layers.positions)
+        return sum(flops.values()) / sum(whole.values())
+
+    f = float(np.mean([share(row) for row in rows]))
+    if kind == "active":
+        return f
+    if kind == "rewire":
+        interval = training.config(setup).sparsity.interval_steps
+        return counting.training_flops(f, interval)
+    weights = {
+        "all": lambda: 1.0,
+        "twice": lambda: float(np.mean([share(row, 2.0) for row in rows])),
+        "dense": lambda: 1.0,
+    }[kind]()
+    return (2 * f + weights) / 3 if kind != "dense" else 1.0
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """Means over the seeds, the spread of the accuracy, and seeds at chance."""
+    by = ["method", "asked"]
+    grouped = rows.groupby(by, sort=False, dropna=False)
+    found = grouped["test_accuracy"].agg(["mean", "std", "min", "count"]) * 100
+    found["count"] = (found["count"] / 100).astype(int)
+    # MNIST's most frequent class makes up 11.35 % of its test images.
+    found["at_chance"] = grouped["test_accuracy"].agg(lambda a: int((a < 0.2).sum()))
+    for column in ("density", "gradient_norm_at_start", "training_flops"):
+        found[column] = grouped[column].mean()
+    return found.reset_index()
+
+
+def plot(found: Tables) -> dict[str, Figure]:
+    """Accuracy over sparsity, a panel for each kind of method."""
+    table = found["summary"]
+    kinds = {
+        "before training": (
+            *("scratch", "magnitude", "snip", "snip_iterative", "grasp", "synflow"),
+            "fisher",
+        ),
+        "while training": (
+            *("set", "set_signed", "rigl", "rigl_inverted", "rigl_grad_sign", "snfs"),
+            *("dsr", "prune", "prune_global"),
+        ),
+        "parameterizations": ("dnw", "magnitude_ste", "top_kast", "edge_popup"),
+    }
+    fig, axes = figures.new(1, len(kinds), sharey=True)
+    for ax, (title, methods) in zip(axes, kinds.items(), strict=True):
+        for i, method in enumerate(methods):
+            own = table[table["method"] == method]
+            ax.errorbar(
+                100 * own["asked"],
+                own["mean"],
+                yerr=own["std"],
+                fmt="o-",
+                ms=3,
+                lw=1,
+                capsize=2,
+                color=f"C{i}",
+                label=method,
+            )
+        ax.set(xlabel="sparsity (%)", title=title)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7, loc="lower left")
+    for i, row in enumerate(table[table["asked"].isna()].to_dict("records")):
+        axes[2].plot(
+            100 * (1 - row["density"]),
+            row["mean"],
+            "x",
+            color=f"C{4 + i}",
+            label=row["method"],
+        )
+    axes[2].legend(fontsize=7, loc="lower left")
+    axes[0].set(ylabel="test accuracy (%)")
+    return {"": fig}
+
+
+def beside(found: Tables) -> pd.DataFrame:
+    """The summary, for people."""
+    table = found["summary"]
+    accuracy = map(tables.plus_minus, table["mean"], table["std"])
+    return pd.DataFrame(
+        {
+            "method": table["method"],
+            "sparsity (%)": (100 * (1 - table["density"])).map("{:.2f}".format),
+            "test accuracy (%)": list(accuracy),
+            "lowest": table["min"].map("{:.2f}".format),
+            "at chance": [
+                f"{n} of {m}"
+                for n, m in zip(table["at_chance"], table["count"], strict=True)
+            ],
+            "gradient norm at start": table["gradient_norm_at_start"].map(
+                "{:.3f}".format
+            ),
+            "training FLOPs": table["training_flops"].map("{:.3f}".format),
+        }
+    )
