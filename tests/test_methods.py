@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 import warnings
 
 import jax
@@ -214,29 +215,19 @@ def test_a_collapsed_layer_is_told():
     ids=["edge_popup", "snip_rigl"],
 )
 def test_a_run_goes_on_with_the_same_bits(tmp_path, fields):
-    """Stopped after its first checkpoint, against one that was not."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for steps, workdir in ((12, whole), (6, parts), (12, parts)):
-        args = {"sparsity__" + k: v for k, v in {"masks_from": ""}.items()}
-        outcome = run_cli.in_process(
-            *run_cli.flag_list(
-                "scratch_mlp:smoke",
-                workdir,
-                **(fields | args),
-                optim__schedule_steps=12,
-                train__total_steps=steps,
-            )
-        )
-        assert not outcome.errors
-    # Both are runs of their own; the longer one of `parts` began anew, so compare it.
-    found = [
-        checkpoint.restore_network(path / "checkpoints", 12)[1]
-        for workdir in (whole, parts)
-        for path in workdir.glob("*/seed_0")
-        if 12 in checkpoint.steps_in(path / "checkpoints")
-    ]
-    one, other = (jax.tree.leaves(network) for network in found)
-    for a, b in zip(one, other, strict=True):
+    """As after a kill between its two last checkpoints."""
+    args = run_cli.flag_list("scratch_mlp:smoke", tmp_path, **fields)
+    assert not run_cli.in_process(*args).errors
+    run = run_cli.run_directory(tmp_path, 0)
+    rows = (run / "metrics.jsonl").read_bytes()
+    whole = checkpoint.restore_network(run / "checkpoints")[1]
+    (run / "DONE").unlink()
+    shutil.rmtree(run / "checkpoints" / "12")
+    assert not run_cli.in_process(*args).errors
+    step, again = checkpoint.restore_network(run / "checkpoints")
+    assert step == 12
+    assert (run / "metrics.jsonl").read_bytes() == rows
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
         assert a.tobytes() == b.tobytes()
 
 
