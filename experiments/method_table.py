@@ -1,7 +1,7 @@
 """Every method on LeNet-5 and MNIST at four sparsities, with equal steps.
 
 Beyond the paper: what each method of `configs/` that trains once makes of the same
-2,344 steps (a fifth of the paper's, all schedules in proportion) from the per-neuron
+1,172 steps (a tenth of the paper's, all schedules in proportion) from the per-neuron
 initialisation; those that need masks of another run are in `accuracy_table`. Methods
 whose sparsity follows from the data have one row, at the sparsity they came to.
 """
@@ -18,7 +18,7 @@ from lottery_flow.analysis import figures
 
 ABOUT = "every method at four sparsities, with equal steps"
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
-LENGTH = 0.2  # of the paper's 11,719 steps
+LENGTH = 0.1  # of the paper's 11,719 steps
 
 # What the gradient of the weights costs, by method:
 #   active   of active weights alone
