@@ -48,6 +48,14 @@ FREE = {
     "l0": "dense",
     "bayesian_compression": "dense",
 }
+# Beside the schedules what so few steps need: more frequent prunings, a threshold that
+# is nearer, and rates that cross the distance to a weight's end.
+_FAST = (("optim.learning_rate", 0.01),)
+FIELDS = {
+    "prune_retrain": (("sparsity.interval_steps", 150),),
+    "str": (("sparsity.parameterization_options", "init=-2.5"),),
+    **dict.fromkeys(("variational_dropout", "l0", "bayesian_compression"), _FAST),
+}
 
 
 def settings(setup: Setup) -> dict:
@@ -60,7 +68,9 @@ def runs(setup: Setup) -> list[Training]:
 
     def training(method: str, arg: str) -> Training:
         init = "masked_dense" if method == "dense" else "per_neuron"
-        return Training("lenet5", method, init, arg=f"{arg}length={LENGTH}")
+        fields = FIELDS.get(method, ())
+        arg = f"{arg}length={LENGTH}"
+        return Training("lenet5", method, init, fields=fields, arg=arg)
 
     found = [training(method, "") for method in FREE]
     for sparsity in SPARSITIES:
