@@ -34,14 +34,14 @@ class Tridiagonal(NamedTuple):
     """What k steps of Lanczos leave, for s start vectors.
 
     Attributes:
-      basis: [k + 1, s, n], orthonormal rows for each start vector; the first is the
+      basis: [s, k + 1, n], orthonormal rows for each start vector; the first is the
         start vector.
       diagonal: float64 [k, s].
       beside: float64 [k, s], norms beta_1 ... beta_k; the last one belongs to the
         vector that comes next.
     """
 
-    basis: Float[Array, "k1 s n"]
+    basis: Float[Array, "s k1 n"]
     diagonal: np.ndarray
     beside: np.ndarray
 
@@ -62,7 +62,7 @@ def start(vectors: Float[Array, "s n"], n_steps: int) -> Tridiagonal:
     """No step done yet, with room for `n_steps`; the vectors are normalised."""
     n_probes, n = vectors.shape
     unit = vectors / jnp.linalg.norm(vectors, axis=1, keepdims=True)
-    basis = jnp.zeros((n_steps + 1, n_probes, n), vectors.dtype).at[0].set(unit)
+    basis = jnp.zeros((n_probes, n_steps + 1, n), vectors.dtype).at[:, 0].set(unit)
     return Tridiagonal(basis, np.zeros((0, n_probes)), np.zeros((0, n_probes)))
 
 
@@ -75,7 +75,7 @@ def advance(
     direction and a norm of exactly zero.
     """
     done = so_far.n_steps
-    vectors = so_far.basis[done]
+    vectors = so_far.basis[:, done]
     products = operator.product(vectors)
     alpha = jnp.sum(vectors * products, axis=1)
     if not bool(jnp.all(jnp.isfinite(alpha))):
@@ -214,9 +214,10 @@ def top_eigenpairs(
     first = jax.random.normal(key, (1, n), operator.space.dtype)
     state = start(first, min(n_steps, 32))
     while True:
-        if state.n_steps == len(state.basis) - 1:  # full; there is rarely need for more
-            more = jnp.zeros((state.n_steps, 1, n), first.dtype)
-            state = state._replace(basis=jnp.concatenate([state.basis, more]))
+        if state.n_steps == state.basis.shape[1] - 1:  # full; rarely needed
+            more = jnp.zeros((1, state.n_steps, n), first.dtype)
+            longer = jnp.concatenate([state.basis, more], axis=1)
+            state = state._replace(basis=longer)
         state = advance(operator, state, key)
         done = state.n_steps
         if progress is not None:
@@ -232,7 +233,7 @@ def top_eigenpairs(
         }[which][:k]
         residuals = np.abs(state.beside[-1, 0] * vectors[-1, order])
         if last or np.all(residuals <= tolerance * np.max(np.abs(values))):
-            basis = np.asarray(state.basis[:done, 0], np.float64)
+            basis = np.asarray(state.basis[0, :done], np.float64)
             found = vectors[:, order].T @ basis
             return Eigenpairs(values[order], found, residuals, done)
 
@@ -361,8 +362,8 @@ def _orthogonalize(basis, vectors):
 
     def project(_, w):
         # Rows that are not there yet are zero and take nothing away.
-        coefficients = jnp.einsum("ksn,sn->ks", basis, w)
-        return w - jnp.einsum("ksn,ks->sn", basis, coefficients)
+        coefficients = jnp.einsum("skn,sn->sk", basis, w)
+        return w - jnp.einsum("skn,sk->sn", basis, coefficients)
 
     with precise():
         w = jax.lax.fori_loop(0, 2, project, vectors)
@@ -373,13 +374,13 @@ def _orthogonalize(basis, vectors):
 
 @partial(jax.jit, donate_argnums=0)  # of two copies of the basis there is no room
 def _append(basis, vectors, i):
-    return basis.at[i].set(vectors)
+    return basis.at[:, i].set(vectors)
 
 
 def _save(path: Path, state: Tridiagonal, tag: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name("." + path.name)
-    basis = np.asarray(state.basis[: state.n_steps + 1])
+    basis = np.asarray(state.basis[:, : state.n_steps + 1])
     with open(temporary, "wb") as f:
         np.savez(f, basis=basis, diagonal=state.diagonal, beside=state.beside, tag=tag)
     os.replace(temporary, path)
@@ -397,18 +398,19 @@ def _resume(
         raise ValueError(f"{path} is damaged; move it away to begin anew") from error
     if kept != tag:
         raise ValueError(other.format("network, loss or data"))
-    begun = np.asarray(fresh.basis[0])
+    begun = np.asarray(fresh.basis[:, 0])
     if (
-        basis.shape[1:] != begun.shape
+        basis.ndim != 3
         or basis.dtype != begun.dtype
-        or not np.array_equal(basis[0], begun)
-        or len(basis) > len(fresh.basis)
+        or not np.array_equal(basis[:, 0], begun)
+        or basis.shape[1] > fresh.basis.shape[1]
     ):
         raise ValueError(other.format("start vector or number of steps"))
-    products = operator.product(fresh.basis[0])
-    alpha = np.asarray(jnp.sum(fresh.basis[0] * products, axis=1), np.float64)
+    first = fresh.basis[:, 0]
+    products = operator.product(first)
+    alpha = np.asarray(jnp.sum(first * products, axis=1), np.float64)
     scale = np.asarray(jnp.linalg.norm(products, axis=1), np.float64)
     if np.any(np.abs(alpha - diagonal[0]) > 1e-3 * scale):
         raise ValueError(other.format("network, loss or data"))
-    whole = fresh.basis.at[: len(basis)].set(basis)
+    whole = fresh.basis.at[:, : basis.shape[1]].set(basis)
     return Tridiagonal(whole, diagonal, beside)

@@ -30,7 +30,7 @@ def test_the_basis_is_orthonormal_and_makes_the_matrix_tridiagonal():
         starts = jax.random.normal(jax.random.key(0), (3, 40), jnp.float64)
         state = lanczos.lanczos(operator_of(matrix), starts, 30, jax.random.key(1))
         for i in range(3):
-            q = np.asarray(state.basis[:30, i])
+            q = np.asarray(state.basis[i, :30])
             np.testing.assert_allclose(q @ q.T, np.eye(30), atol=1e-13)
             np.testing.assert_allclose(q[0], starts[i] / jnp.linalg.norm(starts[i]))
             inner = state.beside[:-1, i]
@@ -45,7 +45,7 @@ def test_no_copies_of_a_converged_eigenvalue_in_float32():
     operator = operator_of(symmetric(eigenvalues), np.float32)
     starts = jax.random.normal(jax.random.key(0), (1, 200), jnp.float32)
     state = lanczos.lanczos(operator, starts, 80, jax.random.key(1))
-    q = np.asarray(state.basis[:80, 0], np.float64)
+    q = np.asarray(state.basis[0, :80], np.float64)
     assert np.abs(q @ q.T - np.eye(80)).max() < 1e-5
     values, _ = state.decompose(0)
     assert np.sum(values > 500) == 1
