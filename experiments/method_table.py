@@ -48,6 +48,10 @@ FREE = {
     "l0": "dense",
     "bayesian_compression": "dense",
 }
+FROM_RANDOM = {
+    *("scratch", "set", "set_signed", "rigl", "rigl_inverted", "rigl_grad_sign"),
+    *("rigl_channel", "rigl_2_4", "snfs", "dsr"),
+}
 # Beside the schedules what so few steps need: more frequent prunings, a threshold that
 # is nearer, and rates that cross the distance to a weight's end.
 _FAST = (("optim.learning_rate", 0.01),)
@@ -69,8 +73,9 @@ def runs(setup: Setup) -> list[Training]:
     def training(method: str, arg: str) -> Training:
         init = "masked_dense" if method == "dense" else "per_neuron"
         fields = FIELDS.get(method, ())
+        masks = "random" if method in FROM_RANDOM else ""
         arg = f"{arg}length={LENGTH}"
-        return Training("lenet5", method, init, fields=fields, arg=arg)
+        return Training("lenet5", method, init, masks, fields=fields, arg=arg)
 
     found = [training(method, "") for method in FREE]
     for sparsity in SPARSITIES:
