@@ -122,6 +122,7 @@ def fields(config: ConfigDict) -> None:
             "the way, with crops and flips of its own; leave it empty"
         )
     limits.known("train.population", train.population, population.WAYS)
+    limits.known("train.on_nonfinite", train.on_nonfinite, ("stop", "skip"))
     limits.at_least("data.order_seed", config.data.order_seed, -1)
     limits.at_least("optim.warmup_steps", config.optim.warmup_steps, 0)
     limits.at_least("eval.every_steps", config.eval.every_steps, 0)

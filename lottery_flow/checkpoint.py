@@ -1,18 +1,22 @@
 """Checkpoints by orbax: a network that anyone can read, and the rest of the state.
 
-Each step has two items. `network` is a plain tree of params, batch_stats and masks
+Each step has three items. `network` is a plain tree of params, batch_stats and masks
 that restores without knowing the optimizer: what tickets, analysis and notebooks
 need; and the running average of the params, if there is one. `training` is what only
-the same run can use: step, key, optimizer state.
+the same run can use: step, key, optimizer state. `record` says what both hold, see
+`integrity`; whatever is read is verified by it. Checkpoints of earlier versions have
+none, and are read as they are: a missing record is damage only if an older checkpoint
+beside it has one.
 """
 
 import contextlib
 import gc
+import logging
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +26,15 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from jaxtyping import PyTree
 
+from lottery_flow import integrity
 from lottery_flow.errors import UserError
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.state import TrainState
 
-_DELETED = ".deleted"
+_LOG = logging.getLogger(__name__)
+
+_DELETED, _DAMAGED = ".deleted", ".damaged"
+_RECORD = Path("record", "metadata")  # where orbax puts an item of JSON
 
 
 class Network(NamedTuple):
@@ -89,17 +97,28 @@ def _without_warnings():
 def save(checkpoints: ocp.CheckpointManager, state: TrainState) -> None:
     """Writes the state in the background; the arrays may be donated at once.
 
-    A checkpoint of that step that is there already stays as it is.
+    Its record is made before, which takes about a second for each gigabyte. A
+    checkpoint of that step that is there already stays as it is.
+
+    Raises:
+      RuntimeError: an inactive weight is not zero; nothing is written.
     """
     step = int(state.step)
     if step in checkpoints.all_steps():
         return
     network, training = _split(state)
+    try:
+        record = integrity.record(network, training)
+    except ValueError as error:
+        raise RuntimeError(
+            f"the state after step {step} is not sparse ({error}); it is not saved"
+        ) from error
     checkpoints.save(
         step,
         args=ocp.args.Composite(
             network=ocp.args.StandardSave(network),
             training=ocp.args.StandardSave(training),
+            record=ocp.args.JsonSave(record),
         ),
     )
 
@@ -117,9 +136,13 @@ def restore(
         network=ocp.args.StandardRestore(network),
         training=ocp.args.StandardRestore(training),
     )
-    found = _read(
-        checkpoints.directory, step, lambda: checkpoints.restore(step, args=wanted)
-    )
+    directory = Path(checkpoints.directory)
+    found, reason = _attempt(lambda: checkpoints.restore(step, args=wanted))
+    if reason is None:
+        items = {name: found[name] for name in ("network", "training")}
+        reason = _problem(directory, step, **items)
+    if reason is not None:
+        raise _damaged(directory, step, reason)
     return _join(found["network"], found["training"])
 
 
@@ -145,7 +168,11 @@ def restore_network(directory: Path, step: int = -1) -> tuple[int, Network]:
             f"{', '.join(map(str, steps))}"
         )
     path = directory / str(step) / "network"
-    found = _read(directory, step, lambda: _restore_arrays(path))
+    found, reason = _attempt(lambda: _restore_arrays(path))
+    if reason is None:
+        reason = _problem(directory, step, network=found)
+    if reason is not None:
+        raise _damaged(directory, step, reason)
     # Without a target orbax leaves out what holds no array.
     params = found["params"]
     masks = masks_lib.from_named(
@@ -158,11 +185,24 @@ def restore_network(directory: Path, step: int = -1) -> tuple[int, Network]:
 def _restore_arrays(path: Path) -> PyTree:
     """Everything as numpy arrays, whatever devices it was saved from."""
     with _without_warnings(), ocp.PyTreeCheckpointer() as checkpointer:
-        tree: Any = checkpointer.metadata(path).item_metadata.tree
+        metadata: Any = checkpointer.metadata(path).item_metadata
+        if metadata is None:
+            raise ValueError(f"what {path.name} holds is unknown")
+        tree = metadata.tree
         as_numpy = jax.tree.map(
             lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
         )
         return checkpointer.restore(path, restore_args=as_numpy)
+
+
+def damage(directory: Path, step: int) -> str | None:
+    """Why one cannot go on from a checkpoint, None if one can; reads all of it."""
+    directory = directory.absolute()
+    items = "network", "training"
+    found, reason = _attempt(
+        lambda: {k: _restore_arrays(directory / str(step) / k) for k in items}
+    )
+    return _problem(directory, step, **found) if reason is None else reason
 
 
 def steps_in(directory: Path) -> list[int]:
@@ -184,6 +224,16 @@ def forget_after(directory: Path, step: int) -> None:
         shutil.rmtree(leftover)
 
 
+def set_aside(directory: Path, steps: Iterable[int]) -> None:
+    """Renames damaged checkpoints, so that they neither count nor are deleted."""
+    for step in steps:
+        name = f"{step}{_DAMAGED}"
+        others = len(list(directory.glob(f"{name}*")))
+        # Not `name_1`, which would be a checkpoint of step 1 to orbax.
+        path = directory / (f"{name}-{others}" if others else name)
+        (directory / str(step)).rename(path)
+
+
 class _KeepFirst:
     """Never deletes step 0, the initialisation that lottery tickets rewind to."""
 
@@ -203,6 +253,8 @@ def _split(state: TrainState) -> tuple[PyTree, PyTree]:
     opt_state = state.opt_state._replace(masks=())
     rest = state._replace(params=(), batch_stats=(), opt_state=opt_state)._asdict()
     rest.pop("ema")  # older checkpoints have no such field
+    if isinstance(state.skipped, tuple):
+        rest.pop("skipped")  # likewise
     return network, rest
 
 
@@ -212,15 +264,39 @@ def _join(network: PyTree, training: PyTree) -> TrainState:
     return TrainState(**training | own | {"opt_state": opt_state})
 
 
-def _read(directory: Any, step: int, read: Callable[[], Any]) -> Any:
-    """What `read` returns; whatever a damaged file makes it raise, as a UserError."""
+def _problem(directory: Path, step: int, **items: PyTree) -> str | None:
+    """What of a checkpoint that was read is not as it was written."""
+    own = directory / str(step) / _RECORD
+    if not own.parent.exists():
+        older = [s for s in steps_in(directory) if s < step]
+        if any((directory / str(s) / _RECORD).exists() for s in older):
+            return "is damaged (its record is missing)"
+        _LOG.info("%s is of an earlier version: there is no record", own.parents[1])
+        return None
+    try:
+        record = integrity.parse(own.read_text())
+    except (OSError, ValueError) as error:
+        return f"is damaged (its record cannot be read: {error})"
+    found = integrity.problem(record, **items)
+    return None if found is None else f"is damaged ({found})"
+
+
+def _damaged(directory: Path, step: int, reason: str) -> UserError:
+    return UserError(
+        f"the checkpoint of step {step} in {directory} {reason}; "
+        f"move {directory / str(step)} away to go on from an older one"
+    )
+
+
+def _attempt(read: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What `read` returns; or, whatever damaged files make it raise, the reason."""
     hooks = sys.excepthook, threading.excepthook, sys.unraisablehook
     # After its first failure orbax's reader threads and coroutines end in errors of
     # their own, which would bury the one that counts.
     sys.excepthook = threading.excepthook = sys.unraisablehook = lambda *_: None
     try:
         try:
-            return read()
+            return read(), None
         except Exception as error:  # of many types
             reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
             link: BaseException | None = error
@@ -231,7 +307,4 @@ def _read(directory: Any, step: int, read: Callable[[], Any]) -> Any:
         gc.collect()
     finally:
         sys.excepthook, threading.excepthook, sys.unraisablehook = hooks
-    raise UserError(
-        f"the checkpoint of step {step} in {directory} cannot be read ({reason}); "
-        f"move {Path(directory) / str(step)} away to go on from an older one"
-    )
+    return None, f"cannot be read ({reason})"

@@ -189,6 +189,9 @@ def default() -> ConfigDict:
                 "batch_size": 128,
                 # Parts in which the gradient of a step is computed, one after another.
                 "accumulate_steps": 1,
+                # What to do about an update whose loss, gradient or weights are not
+                # finite: stop, or skip it, which a column of the metrics counts.
+                "on_nonfinite": "stop",
                 # Of a running average of the weights, 0.9999 for instance, which is
                 # evaluated beside them; 0: none.
                 "ema_decay": 0.0,

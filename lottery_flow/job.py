@@ -7,6 +7,7 @@ Jobs that differ in nothing but their members' own fields (`seed`, `data_seed`,
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import optax
 
 from lottery_flow import augment, data, models, state
@@ -44,6 +45,7 @@ class Job(NamedTuple):
       step_key: typed key of the train state.
       learning_rate: step -> rate.
       drop_fraction: step -> fraction, None where nothing is dropped.
+      skip_nonfinite: an update that is not finite is skipped, see `make_steps`.
       total_steps, batch_size, ...: the fields of the same names.
     """
 
@@ -80,6 +82,7 @@ class Job(NamedTuple):
     population: str
     devices: Devices
     chunk_steps: int
+    skip_nonfinite: bool
 
     def make_steps(self) -> Steps:
         """What is done to a network of this run, see `steps`."""
@@ -94,6 +97,7 @@ class Job(NamedTuple):
             accumulate_steps=self.accumulate_steps,
             ema_decay=self.ema_decay,
             parameterization=self.parameterization,
+            skip_nonfinite=self.skip_nonfinite,
         )
 
     def draws(self, step: int) -> Any:
@@ -107,8 +111,12 @@ class Job(NamedTuple):
         params, stats, ema = network.params, network.batch_stats, self.ema_decay > 0
         if self.parameterization is None:
             tx = sparsify(inner, network.masks, rule, key=rewire_key)
-            return state.create(tx, params, stats, step_key, ema=ema)
-        params, opt_state = reparameterize.init(
-            self.parameterization, inner, params, network.masks, key=rewire_key
-        )
-        return state.begin(params, opt_state, stats, step_key, ema=ema)
+            found = state.create(tx, params, stats, step_key, ema=ema)
+        else:
+            params, opt_state = reparameterize.init(
+                self.parameterization, inner, params, network.masks, key=rewire_key
+            )
+            found = state.begin(params, opt_state, stats, step_key, ema=ema)
+        if self.skip_nonfinite:
+            found = found._replace(skipped=jnp.zeros((), jnp.int32))
+        return found

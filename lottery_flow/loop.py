@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lottery_flow import checkpoint, metrics
@@ -16,6 +17,7 @@ from lottery_flow.metrics import Row, check_finite
 from lottery_flow.population import Population
 from lottery_flow.progress import Progress
 from lottery_flow.runs import Fields, RunPaths
+from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.state import TrainState
 from lottery_flow.stopping import Stopped
 
@@ -81,7 +83,7 @@ class Loop(NamedTuple):
         batches = None if streamed is None else streamed(start)
         while done < job.total_steps and len(self.failed) < len(self.members):
             if self.asked_to_stop():
-                self._check(pending, saved)
+                self._check(state, pending, saved)
                 self._save(state)
                 raise Stopped(f"stopped after step {done}, which is saved")
             begin, end = done, self._end(done)
@@ -102,14 +104,14 @@ class Loop(NamedTuple):
                 state, measured = self.population.chunk(state, *args)
             done = end
             # One late, so that the device never waits for the host.
-            self._check(pending, saved)
+            self._check(state, pending, saved)
             pending = measured, begin
             self.progress.advance(done)
             last = done == job.total_steps
             saves = last or done % job.checkpoint_every == 0
             evaluates = last or (job.eval_every and done % job.eval_every == 0)
             if saves or evaluates or rewires or done % job.log_every == 0:
-                self._check(pending, saved)
+                self._check(state, pending, saved)
                 pending = None
                 self._record(state, done, saved, measured, before, bool(evaluates))
             if saves:
@@ -150,19 +152,24 @@ class Loop(NamedTuple):
     def _evaluate(self, state) -> list[dict[str, float]]:
         return evaluate(self.population, state, self.data.test())
 
-    def _check(self, pending: tuple[Any, int] | None, saved: int | None) -> None:
+    def _check(self, state, pending: tuple[Any, int] | None, saved: int | None) -> None:
         """Looks for losses that are not finite, in metrics and the updates before."""
         if pending is None:
             return
         measured, begin = pending
         # The losses alone: this is fetched at every step.
         split = [m["loss"] for m in self.population.split(measured)]
-        for i, losses in enumerate(map(np.atleast_1d, jax.device_get(split))):
+        fetched = jax.device_get(split)
+        if self.job.skip_nonfinite:
+            return  # such updates were not applied
+        for i, losses in enumerate(map(np.atleast_1d, fetched)):
             for n in np.flatnonzero(~np.isfinite(losses))[:1]:
                 step = begin + int(n) + 1
-                self._check_finite(i, {"training_loss": losses[n]}, step, saved)
+                self._check_finite(state, i, {"training_loss": losses[n]}, step, saved)
 
-    def _check_finite(self, i: int, values: Row, step: int, saved: int | None) -> bool:
+    def _check_finite(
+        self, state, i: int, values: Row, step: int, saved: int | None
+    ) -> bool:
         """Whether a member goes on; notes why, where it does not."""
         if i in self.failed:
             return False
@@ -170,12 +177,32 @@ class Loop(NamedTuple):
         try:
             for name, value in values.items():
                 what = f"the {name.replace('_', ' ')}{whose}"
-                check_finite(what, float(value), step, saved)
+                check_finite(
+                    what,
+                    float(value),
+                    step,
+                    saved,
+                    lambda: _not_finite(self.population.split(state)[i].params),
+                )
         except UserError as error:
             self.failed[i] = error
             if len(self.failed) < len(self.members):
                 _LOG.warning("%s; the other members go on", error)
         return i not in self.failed
+
+    def _skipped(self, i: int, step: int, values: Row) -> Row:
+        """The column of updates that were skipped; the last one then has no loss."""
+        if not self.job.skip_nonfinite:
+            return {}
+        n, rows = int(values.pop("skipped", 0)), self.writers[i].rows
+        if n > (rows[-1].get("skipped", 0) if rows else 0):
+            _LOG.warning(
+                "%s: %d of %d updates were not finite and skipped",
+                *(self.members[i].paths.root, n, step),
+            )
+        if not np.isfinite(values.get("loss", 0.0)):
+            del values["loss"], values["accuracy"]
+        return {"skipped": n}
 
     def _save(self, state) -> None:
         # All of the last step before any of this one: a kill then leaves members no
@@ -223,7 +250,8 @@ class Loop(NamedTuple):
             if rewired:
                 values["gradient_norm_before"] = float(rewired["gradient_norm"])
                 values["gradient_norm_after"] = values["gradient_norm"]
-            if not self._check_finite(i, values, step, saved):
+            skipped = self._skipped(i, step, values)
+            if not self._check_finite(state, i, values, step, saved):
                 continue
             fraction = self.drop_fraction[i]
             row = {
@@ -233,6 +261,7 @@ class Loop(NamedTuple):
                 "accuracy": values.pop("accuracy", None),
                 "learning_rate": float(self.learning_rate[i][step]),
                 **values,
+                **skipped,
                 "drop_fraction": None if fraction is None else float(fraction[step]),
                 "density": sum(n_active.values()) / sum(self.sizes.values()),
                 **{f"density/{k}": n / self.sizes[k] for k, n in n_active.items()},
@@ -241,3 +270,15 @@ class Loop(NamedTuple):
             rows.append(row)
         if rows:
             self.progress.report(rows)
+
+
+@jax.jit
+def _are_finite(params: Any) -> dict[str, Any]:
+    named = masks_lib.named_leaves(params)
+    return {name: jnp.all(jnp.isfinite(leaf)) for name, leaf in named.items()}
+
+
+def _not_finite(params: Any) -> list[str]:
+    """The parameters, by name, that have an entry that is not finite."""
+    found = jax.device_get(_are_finite(params))
+    return [name for name, finite in found.items() if not finite]

@@ -1,13 +1,27 @@
-"""python -m lottery_flow.main --config=configs/rigl_lenet5.py --workdir=runs"""
+"""Trains what a configuration says, or once more what a run was.
+
+python -m lottery_flow.main --config=configs/rigl_lenet5.py --workdir=runs
+python -m lottery_flow.main --rerun=runs/rigl_lenet5-0a1b2c3d/seed_0 --workdir=again
+"""
 
 import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from lottery_flow import command, levels, members, parallel, report, runs
+from lottery_flow import (
+    command,
+    environment,
+    levels,
+    members,
+    parallel,
+    recorded,
+    report,
+    runs,
+)
 from lottery_flow import config as config_lib
 from lottery_flow.build import build, flat_fields
 from lottery_flow.errors import UserError
@@ -24,6 +38,13 @@ def define_flags(values: flags.FlagValues) -> None:
         "workdir",
         "runs",
         "Where run directories are made; with many processes one that all of them see.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "rerun",
+        "",
+        "Instead of --config: the seed_N directory of a run, to be trained once more "
+        "in another --workdir, from what its config.json says.",
         flag_values=values,
     )
     flags.DEFINE_bool(
@@ -50,11 +71,50 @@ def main(argv: Sequence[str]) -> None:
     given = flags.FLAGS.coordinator, flags.FLAGS.n_processes, flags.FLAGS.process
     if flags.FLAGS.distributed or given != ("", None, None):
         parallel.start(*given)
-    config = command.load_config()
+    config = _rerun(flags.FLAGS.rerun) if flags.FLAGS.rerun else command.load_config()
     # Everything is checked for all members before the first is trained.
     found = members.members(config)
     for level in range(config.tickets.rounds + 1):
         _train_level(level, [(levels.at(own, level), s) for own, s in found])
+
+
+def _rerun(directory: str) -> ConfigDict:
+    """The configuration of a run, which is to be trained again elsewhere."""
+    if flags.FLAGS.config is not None:
+        raise UserError(
+            f"--rerun={directory} takes the configuration of that run; leave --config "
+            "out"
+        )
+    given, workdir = Path(directory), flags.FLAGS.workdir
+    # Of a run of iterative pruning all levels are trained again.
+    root = given / "level_0" if (given / "level_0").exists() else given
+    found = recorded.read(root)
+    config, others = levels.at(found.config, 0), len(found.config.train.seeds) - 1
+    with config.unlocked():
+        config.train.seeds = (found.seed,)
+    fields, default = flat_fields(config), flat_fields(config_lib.default())
+    target = runs.run_paths(workdir, fields, default, found.seed).root
+    if config.tickets.rounds:
+        root, target = root.parent, target.parent
+    if root.resolve() == target.resolve():
+        raise UserError(
+            f"--rerun={directory}: --workdir={workdir} is where that run is; give "
+            "another --workdir"
+        )
+    there, here = found.environment, environment.describe()
+    other = environment.difference(there, here)
+    told = f"{directory} was trained in the same environment"
+    if not there:
+        told = f"{directory} does not say in which environment it was trained"
+    elif other:
+        told = f"{directory} was trained in another environment: {other}"
+    if others and config.train.population != "one_by_one":
+        told += (
+            f"; and with {others} other seeds, maybe in one program, whose sums differ"
+        )
+    if parallel.is_first():
+        print(told)
+    return config
 
 
 def _train_level(level: int, found: list[tuple[ConfigDict, int]]) -> None:
@@ -82,7 +142,7 @@ def open_(config: ConfigDict, seed: int, workdir: str) -> Run:
     fields, default = flat_fields(config), flat_fields(config_lib.default())
     job = build(config, seed)
     paths = runs.run_paths(workdir, fields, default, seed)
-    record = {"seed": seed, **fields}
+    record = {"seed": seed, **fields, runs.ENVIRONMENT: environment.describe()}
     runs.check(paths, record)
     return Run(levels.with_ticket(config, job, paths), paths, record)
 

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,21 +95,40 @@ class Writer:
             self._board.close()
 
 
-def check_finite(name: str, value: float, step: int, last_saved: int | None) -> None:
+def check_finite(
+    name: str,
+    value: float,
+    step: int,
+    last_saved: int | None,
+    broken_fn: Callable[[], Sequence[str]] | None = None,
+) -> None:
     """Stops a run whose loss is not a number any more.
+
+    Args:
+      name, value: of what was measured.
+      step: after which it was.
+      last_saved: the step of the newest checkpoint.
+      broken_fn: finds the parameters that are not finite; only asked if the value is
+        not.
 
     Raises:
       UserError: naming the step and what is still there to go on from.
     """
     if math.isfinite(value):
         return
+    where = ""
+    if broken_fn is not None:
+        broken = broken_fn()
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        where = f", with weights that are not finite in {', '.join(broken[:5])}{more}"
+        where = where if broken else ", though all weights are finite"
     kept = (
         "no checkpoint was written yet"
         if last_saved is None
         else f"the checkpoint of step {last_saved} is kept"
     )
     raise UserError(
-        f"{name} is {value} at step {step}: the run has diverged; lower "
+        f"{name} is {value} at step {step}: the run has diverged{where}; lower "
         f"optim.learning_rate ({kept})"
     )
 

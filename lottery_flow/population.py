@@ -48,6 +48,7 @@ _AXES = TrainState(
     opt_state=SparseState(step=_SHARED, key=0, masks=0, rule_state=0, inner_state=0),
     key=0,
     ema=0,
+    skipped=0,
 )
 
 

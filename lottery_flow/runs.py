@@ -34,6 +34,8 @@ UNHASHED = (
     "train.figure",
 )
 
+ENVIRONMENT = "environment"  # of config.json: no field, and no part of the identity
+
 Fields = Mapping[str, Any]  # flat: {'optim.learning_rate': 0.05, ...}
 
 
@@ -96,7 +98,8 @@ def check(paths: RunPaths, record: Fields) -> None:
 
     Args:
       paths: of the run.
-      record: what config.json says: the seed and all fields.
+      record: what config.json says: the seed, all fields and the environment, which
+        may be another one.
 
     Raises:
       UserError: the directory holds a run with other fields.
@@ -111,7 +114,7 @@ def check(paths: RunPaths, record: Fields) -> None:
             "another --workdir"
         ) from error
     for key, value in record.items():
-        if key not in UNHASHED and key in found and found[key] != value:
+        if key not in (*UNHASHED, ENVIRONMENT) and key in found and found[key] != value:
             raise UserError(
                 f"{paths.root} holds a run of another configuration: {key} is "
                 f"{found[key]!r} there and {value!r} here; give another --workdir"

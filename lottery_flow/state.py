@@ -21,6 +21,8 @@ class TrainState(NamedTuple):
       opt_state: the `SparseState` that owns the masks.
       key: typed key; the step derives its own with `fold_in(key, step)`.
       ema: running average of the sparse weights, () without one.
+      skipped: int32, updates that were not applied because they were not finite, ()
+        where those stop the run.
     """
 
     step: Int[Array, ""]
@@ -29,6 +31,7 @@ class TrainState(NamedTuple):
     opt_state: Any
     key: Any
     ema: Any = ()
+    skipped: Any = ()
 
     @property
     def masks(self) -> Masks:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from lottery_flow.augment import take
 from lottery_flow.sparsity import masks as masks_lib
@@ -64,6 +64,7 @@ def make_steps(
     accumulate_steps: int = 1,
     ema_decay: float = 0.0,
     parameterization: Parameterization | None = None,
+    skip_nonfinite: bool = False,
 ) -> Steps:
     """The steps of a model under a sparse transformation.
 
@@ -82,6 +83,10 @@ def make_steps(
       ema_decay: d in ema = d ema + (1 - d) params, after each step; 0: no average.
       parameterization: what is trained instead of the weights, see `reparameterize`;
         the loss that is reported is without its penalty.
+      skip_nonfinite: an update whose loss, gradient (also that of a growth batch,
+        where it is taken after the step) or weights are not finite is not applied:
+        only `step`, `skipped` and the counters of the optimizer advance, and the
+        metrics have `skipped`.
     """
 
     def forward(params, batch_stats, images, key, n_together: int):
@@ -160,6 +165,17 @@ def make_steps(
         )
         return after._replace(ema=masks_lib.apply(after.masks, ema))
 
+    def checked(old: TrainState, new: TrainState, metrics, *grads):
+        """`new` if it and what led to it are finite, else `old` one step later."""
+        if not skip_nonfinite:
+            return new, metrics
+        finite = jnp.isfinite(metrics["loss"])
+        for leaf in jax.tree.leaves((grads, new.params)):
+            finite &= jnp.all(jnp.isfinite(leaf))
+        new = _select(finite, new, old)
+        skipped = old.skipped + (~finite).astype(jnp.int32)
+        return new._replace(skipped=skipped), metrics | {"skipped": skipped}
+
     def advance(state: TrainState, method, batch: Batch, **options):
         inner, rule = method
         (loss, (batch_stats, accuracy)), grads = of_parts(state, batch)
@@ -182,8 +198,8 @@ def make_steps(
 
     def train(state: TrainState, knobs: Knobs, data: Batch, indices):
         method, batch = make_method(knobs), take(data, indices)
-        new, _, metrics = advance(state, method, batch, rewire=False)
-        return averaged(state, new), metrics
+        new, grads, metrics = advance(state, method, batch, rewire=False)
+        return checked(state, averaged(state, new), metrics, grads)
 
     def rewire(state: TrainState, knobs, data: Batch, indices, grow: Batch | None):
         inner, rule = method = make_method(knobs)
@@ -194,18 +210,20 @@ def make_steps(
 
         if rule.timing == "instead":
             options = {} if grow is None else {"grow_grad_fn": grow_grad_fn}
-            new, _, metrics = advance(state, method, batch, rewire=True, **options)
-            return averaged(state, new), metrics, without_slots(state)
+            new, grads, metrics = advance(state, method, batch, rewire=True, **options)
+            own = checked(state, averaged(state, new), metrics, grads)
+            return *own, without_slots(state)
         # What tx.update(rewire=True) does, but for the weights in between: as updates
         # they would be one more copy of the parameters.
         new, grads, metrics = advance(state, method, batch, rewire=False)
-        if grow is not None:
-            grads = grow_grad_fn(new.params)
+        scores = grads if grow is None else grow_grad_fn(new.params)
         params, opt_state = rewire_network(
-            rule, inner, new.opt_state, new.params, grads
+            rule, inner, new.opt_state, new.params, scores
         )
         after = new._replace(params=params, opt_state=opt_state)
-        return averaged(state, after), metrics, without_slots(new)
+        own = checked(state, averaged(state, after), metrics, grads, scores)
+        before, _ = checked(state, new, metrics, grads, scores)
+        return *own, without_slots(before)
 
     def probe(state: TrainState, batch: Batch):
         (loss, (_, accuracy)), grads = gradients(state, state.params, batch)
@@ -234,6 +252,30 @@ def make_steps(
         return found | sums(state.ema, "ema_test_") if ema_decay else found
 
     return Steps(train, rewire, probe, evaluate)
+
+
+def _select(chosen: Bool[Array, ""], new: TrainState, old: TrainState) -> TrainState:
+    """`new` or `old`, but for what counts steps, which is always that of `new`."""
+
+    def pick(a, b):
+        return jnp.where(chosen, a, b)
+
+    def pick_slot(a, b):
+        counts = a.ndim == 0 and jnp.issubdtype(a.dtype, jnp.integer)
+        return a if counts else pick(a, b)
+
+    ours, theirs = new.opt_state, old.opt_state
+    opt_state = ours._replace(
+        masks=jax.tree.map(pick, ours.masks, theirs.masks),
+        rule_state=jax.tree.map(pick, ours.rule_state, theirs.rule_state),
+        inner_state=jax.tree.map(pick_slot, ours.inner_state, theirs.inner_state),
+    )
+    return new._replace(
+        params=jax.tree.map(pick, new.params, old.params),
+        batch_stats=jax.tree.map(pick, new.batch_stats, old.batch_stats),
+        ema=jax.tree.map(pick, new.ema, old.ema),
+        opt_state=opt_state,
+    )
 
 
 def cross_entropy(

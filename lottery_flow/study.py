@@ -1,7 +1,6 @@
 """A finished run, opened to be analysed: its networks, data, and next rewire."""
 
 import functools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from lottery_flow import checkpoint, data, feed, parallel, population, runs, train
-from lottery_flow import config as config_lib
+from lottery_flow import (
+    checkpoint,
+    data,
+    feed,
+    parallel,
+    population,
+    recorded,
+    runs,
+    train,
+)
 from lottery_flow.analysis import batches as batches_lib
 from lottery_flow.analysis import objective as objective_lib
 from lottery_flow.analysis.batches import Batches
@@ -129,17 +136,10 @@ def open_run(directory: str | Path, step: int = -1, data_dir: str = "") -> Study
       UserError: it is not the directory of a run, or has no such checkpoint.
     """
     directory = Path(directory)
-    path = directory / "config.json"
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read; give the seed_N directory of a run"
-        ) from error
-    config = _config(path, record)
+    config, seed, _, record = recorded.read(directory)
     if data_dir:
         config.data.dir = data_dir
-    run = Run(build(config, record["seed"]), runs.RunPaths(directory), record)
+    run = Run(build(config, seed), runs.RunPaths(directory), record)
     step, network = checkpoint.restore_network(run.paths.checkpoints, step)
     return Study(run, config, step, network)
 
@@ -179,20 +179,6 @@ def next_rewire(study: Study) -> tuple[int, Network, Network]:
         return Network(own.params, own.batch_stats, own.masks)
 
     return last + 1, network(before), network(state)
-
-
-def _config(path: Path, record: dict[str, Any]) -> ConfigDict:
-    config = config_lib.default()
-    known = flat_fields(config)
-    for name, value in record.items():
-        if name == "seed":
-            continue
-        if name not in known:
-            raise UserError(f"{path}: {name} is not a field of this version")
-        group, _, field = name.rpartition(".")
-        values = config[group] if group else config
-        values[field] = tuple(value) if isinstance(values[field], tuple) else value
-    return config.lock()
 
 
 @functools.lru_cache(maxsize=32)

@@ -21,9 +21,11 @@ from jax.sharding import Mesh
 from lottery_flow import (
     checkpoint,
     data,
+    lock,
     metrics,
     parallel,
     population,
+    restarts,
     runs,
     stopping,
 )
@@ -48,7 +50,8 @@ def train(
     """Trains until `total_steps`, going on from the newest checkpoints.
 
     Members that stand at (about) the same step are trained together; where a crash
-    left their newest checkpoints one interval apart, from the older one.
+    left their newest checkpoints one interval apart, or one of them damaged, from an
+    older one, see `restarts`.
 
     Args:
       started: the runs, all of the same `Job.setting`.
@@ -56,9 +59,10 @@ def train(
       on_done: called for each run that reached its last step, in every process.
 
     Raises:
-      UserError: runs that cannot be trained together; data, masks or weights that are
-        missing; a damaged checkpoint; a loss that is not finite any more. A member
-        that diverges does not stop the others: they are finished first.
+      UserError: runs that cannot be trained together, or that another process is
+        training; data, masks or weights that are missing; no undamaged checkpoint; a
+        loss that is not finite any more. A member that diverges does not stop the
+        others: they are finished first.
       Stopped: SIGTERM came; everything is saved, and the same call goes on.
     """
     shared = started[0].job.setting
@@ -69,15 +73,23 @@ def train(
                     f"{name} differs between members, which are trained together and "
                     "need the same; train them apart"
                 )
+    with contextlib.ExitStack() as locks:
+        if parallel.is_first():
+            for run in started:
+                locks.enter_context(lock.hold(run.paths.root))
+        return _train_all(started, tensorboard, on_done)
+
+
+def _train_all(started, tensorboard: bool, on_done) -> list[Result]:
     dataset = started[0].job.load_data()
     results: dict[int, Result | UserError] = {}
-    groups = _restarts(started)
+    groups = restarts.find(started)
     parallel.barrier("read")  # before any process writes what others look for
     with stopping.watch() as asked_to_stop:
-        for members, step in groups:
-            group = [started[i] for i in members]
-            found = _train(group, step, dataset, tensorboard, asked_to_stop)
-            for i, result in zip(members, found, strict=True):
+        for restart in groups:
+            group = [started[i] for i in restart.members]
+            found = _train(group, restart, dataset, tensorboard, asked_to_stop)
+            for i, result in zip(restart.members, found, strict=True):
                 results[i] = result
                 if on_done is not None and isinstance(result, Result):
                     on_done(started[i], result)
@@ -87,23 +99,14 @@ def train(
     return [r for _, r in sorted(results.items()) if isinstance(r, Result)]
 
 
-def _restarts(started: Sequence[Run]) -> list[tuple[list[int], int]]:
-    """Which runs go on together, and from which step."""
-    kept = [checkpoint.steps_in(run.paths.checkpoints) or [0] for run in started]
-    every = started[0].job.checkpoint_every
-    groups: list[tuple[list[int], int]] = []
-    for i in sorted(range(len(kept)), key=lambda i: kept[i][-1]):
-        if groups and groups[-1][1] in kept[i] and kept[i][-1] - groups[-1][1] <= every:
-            groups[-1][0].append(i)
-        else:
-            groups.append(([i], kept[i][-1]))
-    return groups
-
-
 def _train(
-    members: list[Run], step: int, dataset, tensorboard: bool, asked_to_stop: Callable
+    members: list[Run],
+    restart: restarts.Restart,
+    dataset,
+    tensorboard: bool,
+    asked_to_stop: Callable,
 ) -> list[Result | UserError]:
-    job = members[0].job
+    job, step = members[0].job, restart.step
     create_fn = creation(job)  # compiled once for all members
     shared = len({run.job.data_seed for run in members}) == 1
     streamed = isinstance(dataset, data.Images)
@@ -127,8 +130,9 @@ def _train(
     if keep and len(members) > 1:
         keep = max(keep, 2)  # a kill may leave newest checkpoints an interval apart
     if parallel.is_first():
-        for run in members:
+        for run, damaged in zip(members, restart.damaged, strict=True):
             runs.claim(run.paths, run.record)
+            checkpoint.set_aside(run.paths.checkpoints, damaged)
             checkpoint.forget_after(run.paths.checkpoints, step)
     parallel.barrier("directories")
     with contextlib.ExitStack() as stack:

@@ -6,6 +6,8 @@ import re
 import shutil
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 import run_cli
 
@@ -297,32 +299,73 @@ def damaged(test):
     return pytest.mark.usefixtures("_dropped_coroutines")(test)
 
 
+def goes_on_from_the_one_before(workdir: Path, finished: Path, start) -> None:
+    """With a warning, the same bits, and the damaged checkpoint kept."""
+    run, whole = (run_cli.run_directory(w) for w in (workdir, finished))
+    outcome = start(*flags_of(workdir))
+    assert outcome.status == 0, outcome.stderr
+    warned = [line for line in outcome.stderr.splitlines() if "step 12 in" in line]
+    assert len(warned) == 1, outcome.stderr
+    assert re.search(
+        r"step 12 in .*seed_0/checkpoints (cannot be read|is damaged) \(.+\); going on "
+        r"from that of step 6, and keeping it as 12\.damaged",
+        warned[0],
+    )
+    for name in "metrics.jsonl", "summary.txt", "DONE":
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
+    mine, theirs = (
+        checkpoint.restore_network(r / "checkpoints")[1] for r in (run, whole)
+    )
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+    names = {p.name for p in (run / "checkpoints").iterdir()}
+    assert names == {"0", "6", "12", "12.damaged"}
+
+
 @damaged
-@pytest.mark.parametrize("item", ["network", "training"])
-@pytest.mark.parametrize("spoil", [truncate, flip, Path.unlink])
-def test_a_damaged_newest_checkpoint(workdir, spoil, item):
+@pytest.mark.parametrize(
+    ("spoil", "item"), [(truncate, "network"), (flip, "training"), (Path.unlink, "*")]
+)
+def test_a_damaged_newest_checkpoint(workdir, finished, spoil, item):
     newest = unfinish(workdir) / "checkpoints" / "12"
     for path in newest.glob(f"{item}/**/d/*"):
         spoil(path)
-    fails_and_changes_nothing(workdir, r"step 12 .*move .*checkpoints/12 away")
+    goes_on_from_the_one_before(workdir, finished, run_cli.in_process)
 
 
 @damaged
-@pytest.mark.parametrize("item", ["network", "training"])
-def test_a_newest_checkpoint_that_lacks_an_item(workdir, item):
+@pytest.mark.parametrize("item", ["network", "training", "record"])
+def test_a_newest_checkpoint_that_lacks_an_item(workdir, finished, item):
     run = unfinish(workdir)
     shutil.rmtree(run / "checkpoints" / "12" / item)
-    fails_and_changes_nothing(workdir, r"step 12 .*move .*checkpoints/12 away")
+    goes_on_from_the_one_before(workdir, finished, run_cli.in_process)
 
 
-def test_a_damaged_checkpoint_in_a_process_of_its_own(workdir):
+def test_a_damaged_checkpoint_in_a_process_of_its_own(workdir, finished):
     for path in (unfinish(workdir) / "checkpoints" / "12").glob("network/**/d/*"):
         truncate(path)
-    outcome = run_cli.subprocess_run(*flags_of(workdir))
-    assert_one_line(outcome, r"step 12 .*move .*checkpoints/12 away")
+    goes_on_from_the_one_before(workdir, finished, run_cli.subprocess_run)
 
 
-def test_the_remedy_for_a_damaged_checkpoint_works(workdir, finished):
+@damaged
+def test_no_undamaged_checkpoint_is_left(workdir):
+    for path in (unfinish(workdir) / "checkpoints").glob("*/training/**/d/*"):
+        flip(path)
+    fails_and_changes_nothing(workdir, r"no undamaged checkpoint .*12 .*6 .*start over")
+
+
+@damaged
+def test_a_damaged_checkpoint_that_is_asked_for(finished, workdir):
+    """Masks come from the step that was meant, or from none."""
+    run = run_cli.run_directory(workdir)
+    flip(run / "checkpoints" / "12" / "record" / "metadata")
+    for step in 12, -1:
+        source = {"sparsity__masks_from": run, "sparsity__masks_step": step}
+        pattern = r"masks_from=.*step 12 .*is damaged .*move .*checkpoints/12 away"
+        fails_and_changes_nothing(finished, pattern, **source)
+
+
+def test_a_newest_checkpoint_that_was_moved_away(workdir, finished):
     run = unfinish(workdir)
     shutil.move(run / "checkpoints" / "12", workdir.parent / "12")
     assert run_cli.in_process(*flags_of(workdir)).status == 0

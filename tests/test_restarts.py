@@ -11,8 +11,8 @@ import pytest
 import run_cli
 from populations import assert_same, leaves, started
 
-from lottery_flow import checkpoint, metrics
-from lottery_flow.train import _restarts, train
+from lottery_flow import checkpoint, metrics, restarts
+from lottery_flow.train import train
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -32,7 +32,7 @@ def test_a_population_resumes_where_its_slowest_member_was(tmp_path, how, chunk)
     train([run._replace(job=run.job._replace(total_steps=6)) for run in cut])
     # As a kill leaves it, while the members save one after another.
     shutil.rmtree(cut[1].paths.checkpoints / "6")
-    assert _restarts(cut) == [([1, 0], 3)]
+    assert restarts.find(cut) == [([1, 0], 3, [[], []])]
     resumed = train(cut)
     for mine, theirs in zip(resumed, whole, strict=True):
         assert_same(mine, theirs)
@@ -48,7 +48,7 @@ def test_members_far_apart_go_on_each_from_where_it_is(tmp_path):
     whole = train(started(tmp_path / "whole", **fields))
     cut = started(tmp_path / "cut", **fields)
     train([cut[0]._replace(job=cut[0].job._replace(total_steps=6))])
-    assert _restarts(cut) == [([1], 0), ([0], 6)]
+    assert restarts.find(cut) == [([1], 0, [[]]), ([0], 6, [[]])]
     kept = (cut[0].paths.checkpoints / "6").stat().st_mtime_ns
     for mine, theirs in zip(train(cut), whole, strict=True):
         assert_same(mine, theirs)
