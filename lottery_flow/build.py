@@ -96,6 +96,7 @@ def build(config: ConfigDict, seed: int) -> Job:
             config.train.model_devices,
         ),
         chunk_steps=config.train.chunk_steps,
+        execution=config.train.execution,
         skip_nonfinite=config.train.on_nonfinite == "skip",
     )
 

@@ -145,6 +145,7 @@ def fields(config: ConfigDict) -> None:
         )
     check_method.methods(config)
     check_method.tickets(config)
+    check_method.execution(config)
     if method.takes(config, "end"):
         if end <= sparsity.begin_steps:
             raise UserError(

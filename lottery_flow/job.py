@@ -46,6 +46,7 @@ class Job(NamedTuple):
       learning_rate: step -> rate.
       drop_fraction: step -> fraction, None where nothing is dropped.
       skip_nonfinite: an update that is not finite is skipped, see `make_steps`.
+      execution: see `plans`.
       total_steps, batch_size, ...: the fields of the same names.
     """
 
@@ -82,6 +83,7 @@ class Job(NamedTuple):
     population: str
     devices: Devices
     chunk_steps: int
+    execution: str
     skip_nonfinite: bool
 
     def make_steps(self) -> Steps:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lottery_flow import checkpoint, metrics
+from lottery_flow import plans as plans_lib
 from lottery_flow.errors import UserError
 from lottery_flow.evaluate import evaluate
 from lottery_flow.feed import Data
@@ -62,6 +63,7 @@ class Loop(NamedTuple):
     rewires: np.ndarray  # whether the update after n others rewires
     learning_rate: list[np.ndarray]
     drop_fraction: list[np.ndarray | None]
+    paths: dict[str, str]  # of linear layers, see `plans`; {}: all are dense
     asked_to_stop: Callable[[], bool]
     failed: dict[int, UserError]  # members that diverged; they leave no more traces
 
@@ -81,6 +83,7 @@ class Loop(NamedTuple):
         done = start
         streamed = self.data.stream
         batches = None if streamed is None else streamed(start)
+        plans = self._plans(state)
         while done < job.total_steps and len(self.failed) < len(self.members):
             if self.asked_to_stop():
                 self._check(state, pending, saved)
@@ -98,10 +101,11 @@ class Loop(NamedTuple):
                 state, measured, before = self.population.rewire(
                     state, *args, self.data.grow
                 )
+                plans = self._plans(state)
             elif self.chunk == 1:
-                state, measured = self.population.train(state, *args)
+                state, measured = self.population.train(state, *args, **plans)
             else:
-                state, measured = self.population.chunk(state, *args)
+                state, measured = self.population.chunk(state, *args, **plans)
             done = end
             # One late, so that the device never waits for the host.
             self._check(state, pending, saved)
@@ -118,6 +122,13 @@ class Loop(NamedTuple):
                 self._save(state)
                 saved = done
         return state
+
+    def _plans(self, state) -> dict[str, Any]:
+        """Where the active weights of each member lie, after a rewire anew."""
+        if not self.paths:
+            return {}
+        members = self.population.split(state)
+        return {"plans": [plans_lib.of_masks(self.paths, m.masks) for m in members]}
 
     def _end(self, begin: int) -> int:
         """Where the program that begins after `begin` updates ends.

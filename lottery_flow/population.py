@@ -60,7 +60,8 @@ class Population(NamedTuple):
       join: `(members' states or knobs) -> those of the population`.
       split: `(state or metrics of the population) -> [those of each member]`.
       train: as `Steps.train`, for all members; `indices` have an axis s before the
-        others, but where the batches are shared.
+        others, but where the batches are shared. Those that take turns take `plans=`,
+        a list of those of each.
       chunk: the same for n steps; `indices` has an axis n before the others, and so
         have the metrics of each member.
       rewire: as `Steps.rewire`; `grow` is the same for all members.
@@ -94,15 +95,20 @@ def make(
     Raises:
       UserError: the devices cannot be had so.
     """
-    if way == "auto":
-        cpu = jax.default_backend() == "cpu"
-        single = n == 1 or (cpu and devices.member <= 1)
-        way = "one_by_one" if single else "together"
+    way = "one_by_one" if takes_turns(way, n, devices) else "together"
     if way == "one_by_one":
         mesh = parallel.make_mesh(1, batch_size, devices._replace(member=1))
         return one_by_one(steps, mesh=mesh, shared=shared)
     mesh = parallel.make_mesh(n, batch_size, devices)
     return together(steps, mesh=mesh, shared=shared)
+
+
+def takes_turns(way: str, n: int, devices: Devices) -> bool:
+    """Whether `n` members are trained one by one; see `make`."""
+    if way != "auto":
+        return way == "one_by_one"
+    cpu = jax.default_backend() == "cpu"
+    return n == 1 or (cpu and devices.member <= 1)
 
 
 def chunk_steps(asked: int) -> int:
@@ -132,15 +138,16 @@ def one_by_one(steps: Steps, *, mesh: Mesh, shared: bool = False) -> Population:
     )
     probe, evaluate = jax.jit(on_mesh(steps.probe)), jax.jit(on_mesh(steps.evaluate))
 
-    def advance(step, axis, states, knobs, data, indices, *grow):
+    def advance(step, axis, states, knobs, data, indices, *more, plans=None):
         if shared and mesh.size == 1:
             # On the device, so that the same batch is sent once for all.
             indices = jax.tree.map(jnp.asarray, indices)
         n = len(states)
         own = [indices] * n if shared else [indices.take(i, axis) for i in range(n)]
+        planned = [()] * n if plans is None else [(plan,) for plan in plans]
         done = [
-            step(*each, data, batch, *grow)
-            for *each, batch in zip(states, knobs, own, strict=True)
+            step(*each, data, batch, *more, *plan)
+            for *each, batch, plan in zip(states, knobs, own, planned, strict=True)
         ]
         return tuple(list(column) for column in zip(*done, strict=True))
 
@@ -151,8 +158,8 @@ def one_by_one(steps: Steps, *, mesh: Mesh, shared: bool = False) -> Population:
         mesh=mesh,
         join=list,
         split=list,
-        train=lambda *args: advance(train, 0, *args),
-        chunk=lambda *args: advance(chunk, 1, *args),
+        train=lambda *args, **plans: advance(train, 0, *args, **plans),
+        chunk=lambda *args, **plans: advance(chunk, 1, *args, **plans),
         rewire=lambda *args: advance(rewire, 0, *args),
         probe=each(probe),
         evaluate=each(evaluate),
@@ -244,8 +251,8 @@ def together(steps: Steps, *, mesh: Mesh, shared: bool = False) -> Population:
 def _chunk(train: Callable) -> Callable:
     """`train` for every row of `indices`, in one program."""
 
-    def chunk(state, knobs, data, indices):
-        return lax.scan(lambda s, i: train(s, knobs, data, i), state, indices)
+    def chunk(state, knobs, data, indices, *plans):
+        return lax.scan(lambda s, i: train(s, knobs, data, i, *plans), state, indices)
 
     return chunk
 
@@ -261,6 +268,7 @@ def _on_mesh(mesh: Mesh, fn: Callable, *, member: bool = False) -> Callable:
 
     def placed(state, *args):
         if len(args) > 1:  # not only a batch, which was cut on the host
+            # Plans come only where there is one device.
             knobs, data, indices, *grow = args
             args = knobs, data, jax.tree.map(cut, indices), *grow
         out = fn(state, *args)

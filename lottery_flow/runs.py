@@ -61,6 +61,10 @@ class RunPaths(NamedTuple):
         return self.root / "tensorboard"
 
     @property
+    def execution(self) -> Path:
+        return self.root / "execution.json"
+
+    @property
     def summary(self) -> Path:
         return self.root / "summary.txt"
 

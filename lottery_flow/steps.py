@@ -34,9 +34,10 @@ class Steps(NamedTuple):
     """What is done to one network.
 
     Attributes:
-      train: `(state, knobs, data, indices) -> (state, metrics)`, an update without a
-        rewire, on the examples of `data` that `indices` int32 [b], or with
-        augmentation [4 b], names; None: on all of them. See `augment.draws`.
+      train: `(state, knobs, data, indices, plans=None) -> (state, metrics)`, an update
+        without a rewire, on the examples of `data` that `indices` int32 [b], or with
+        augmentation [4 b], names; None: on all of them. See `augment.draws`, and for
+        the plans `Model.apply`.
       rewire: `(state, knobs, data, indices, grow) -> (state, metrics, before)`, an
         update with one; `grow` is the batch that growth scores are taken on, None for
         the batch of the step; `before` is the network just before the rewire, for
@@ -89,9 +90,11 @@ def make_steps(
         metrics have `skipped`.
     """
 
-    def forward(params, batch_stats, images, key, n_together: int):
+    def forward(params, batch_stats, images, key, n_together: int, plans):
         if not n_together or n_together == len(images):
-            return apply_fn(params, batch_stats, images, True, key)
+            # Only who knows of plans has to take them.
+            own = (plans,) if plans else ()
+            return apply_fn(params, batch_stats, images, True, key, *own)
         groups = images.reshape(-1, n_together, *images.shape[1:])
 
         def apply(group, i):
@@ -102,9 +105,11 @@ def make_steps(
         means = jax.tree.map(lambda s: jnp.mean(s, axis=0), stats)
         return logits.reshape(-1, logits.shape[-1]), means
 
-    def loss_fn(params, batch_stats, batch, key, n_together: int = 0):
+    def loss_fn(params, batch_stats, batch, key, n_together: int = 0, plans=None):
         images = normalize(batch["image"], mean, std)
-        logits, batch_stats = forward(params, batch_stats, images, key, n_together)
+        logits, batch_stats = forward(
+            params, batch_stats, images, key, n_together, plans
+        )
         labels = batch["label"]
         loss = cross_entropy(logits, labels, label_smoothing)
         accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
@@ -116,8 +121,9 @@ def make_steps(
         key = jax.random.fold_in(state.key, state.step)
         return gradient(params, state.batch_stats, batch, key)
 
-    def loss_of_raw(raw, batch_stats, batch, key, n_together: int = 0):
+    def loss_of_raw(raw, batch_stats, batch, key, n_together: int = 0, plans=None):
         assert parameterization is not None
+        assert not plans
         params = parameterization.weights(raw, jax.random.fold_in(key, _NOISE), True)
         return loss_fn(params, batch_stats, batch, key, n_together)
 
@@ -126,19 +132,20 @@ def make_steps(
     else:
         gradient_of_step = gradient
 
-    def of_parts(state: TrainState, batch: Batch):
+    def of_parts(state: TrainState, batch: Batch, plans):
         """As `gradients`, for the batch of a step, of what is trained."""
         key = jax.random.fold_in(state.key, state.step)
         trained = state.opt_state.rule_state if parameterization else state.params
         if accumulate_steps == 1:
             stats = state.batch_stats
-            return gradient_of_step(trained, stats, batch, key, norm_examples)
+            return gradient_of_step(trained, stats, batch, key, norm_examples, plans)
 
         def add(carry, part):
             stats, sums = carry
             own, i = part
             (loss, (stats, accuracy)), grads = gradient_of_step(
-                trained, stats, own, jax.random.fold_in(key, i), norm_examples
+                *(trained, stats, own, jax.random.fold_in(key, i)),
+                *(norm_examples, plans),
             )
             return (stats, jax.tree.map(jnp.add, sums, (loss, accuracy, grads))), None
 
@@ -176,9 +183,9 @@ def make_steps(
         skipped = old.skipped + (~finite).astype(jnp.int32)
         return new._replace(skipped=skipped), metrics | {"skipped": skipped}
 
-    def advance(state: TrainState, method, batch: Batch, **options):
+    def advance(state: TrainState, method, batch: Batch, plans=None, **options):
         inner, rule = method
-        (loss, (batch_stats, accuracy)), grads = of_parts(state, batch)
+        (loss, (batch_stats, accuracy)), grads = of_parts(state, batch, plans)
         if parameterization is not None:
             raw = state.opt_state.rule_state
             slopes = jax.grad(parameterization.penalty)(raw, state.step)
@@ -196,9 +203,9 @@ def make_steps(
         new = state._replace(step=state.step + 1, **own)
         return new, grads, {"loss": loss, "accuracy": accuracy}
 
-    def train(state: TrainState, knobs: Knobs, data: Batch, indices):
+    def train(state: TrainState, knobs: Knobs, data: Batch, indices, plans=None):
         method, batch = make_method(knobs), take(data, indices)
-        new, grads, metrics = advance(state, method, batch, rewire=False)
+        new, grads, metrics = advance(state, method, batch, plans, rewire=False)
         return checked(state, averaged(state, new), metrics, grads)
 
     def rewire(state: TrainState, knobs, data: Batch, indices, grow: Batch | None):

@@ -24,6 +24,7 @@ from lottery_flow import (
     lock,
     metrics,
     parallel,
+    plans,
     population,
     restarts,
     runs,
@@ -123,15 +124,24 @@ def _train(
         batch_size=job.batch_size,
         shared=shared,
     )
+    takes_turns = population.takes_turns(job.population, len(members), job.devices)
     # Whatever can fail comes before the metrics are opened, which forgets rows.
     states = [start(run, step, create_fn, pop.mesh, dataset) for run in members]
     state = pop.join(states)
     keep = job.keep_checkpoints
     if keep and len(members) > 1:
         keep = max(keep, 2)  # a kill may leave newest checkpoints an interval apart
+    record = members[0].paths.execution
+    paths = plans.choose(job, states[0].params, states[0].masks, record)
+    if paths and (pop.mesh.size > 1 or (len(members) > 1 and not takes_turns)):
+        raise UserError(
+            f"train.execution={job.execution!r} needs members that take turns on one "
+            "device; write train.population=one_by_one, or train.execution=dense"
+        )
     if parallel.is_first():
         for run, damaged in zip(members, restart.damaged, strict=True):
             runs.claim(run.paths, run.record)
+            plans.keep(paths, run.paths.execution)
             checkpoint.set_aside(run.paths.checkpoints, damaged)
             checkpoint.forget_after(run.paths.checkpoints, step)
     parallel.barrier("directories")
@@ -160,6 +170,7 @@ def _train(
             learning_rate=[table(run.job.learning_rate, job) for run in members],
             asked_to_stop=asked_to_stop,
             failed={},
+            paths=paths,
             drop_fraction=[
                 None if fraction is None else table(fraction, job)
                 for fraction in (run.job.drop_fraction for run in members)

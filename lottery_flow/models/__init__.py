@@ -70,8 +70,9 @@ class Model(NamedTuple):
 
     Attributes:
       init: `(key) -> variables`, a dict with `params` and, with norms, `batch_stats`.
-      apply: `(params, batch_stats, images, train, key) -> (logits, batch_stats)` for
-        float images [b h w c]; `key` feeds dropout, where the module has it.
+      apply: `(params, batch_stats, images, train, key, plans) -> (logits, batch_stats)`
+        for float images [b h w c]; `key` feeds dropout, where the module has it;
+        `plans` are those of `layers.dense`, {} or left out without any.
       positions: output positions of each layer for one image: the product of the
         spatial dimensions of its output, 1 for dense layers.
       trace: `(params, batch_stats, images, train, perturbations, key) -> (logits,
@@ -116,8 +117,8 @@ def from_module(module: nn.Module, image_shape: tuple[int, int, int]) -> Model:
     def init(key):
         return module.init(key, jnp.zeros(example.shape, example.dtype), train=False)
 
-    def apply(params, batch_stats, images, train, key=None):
-        variables = {"params": params, "batch_stats": batch_stats}
+    def apply(params, batch_stats, images, train, key=None, plans=None):
+        variables = {"params": params, "batch_stats": batch_stats, **(plans or {})}
         if not train:
             return module.apply(variables, images, train=False), batch_stats
         rngs = None if key is None else {"dropout": key}

@@ -16,6 +16,7 @@ turns the transpositions between two of them into a choice of layout.
 
 import functools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -25,9 +26,14 @@ from flax.linen.dtypes import promote_dtype
 from jax import lax
 from jaxtyping import Array, Float, Key
 
+from lottery_flow.sparsity.execution import linear
+from lottery_flow.sparsity.execution_choice import GRAD_OF, PATHS
+
 Pair: TypeAlias = tuple[int, int]
 Padding: TypeAlias = str | int | Sequence[int | Pair]
 
+# Ways of linear layers to compute that need a plan.
+PLANNED = tuple(path for path in PATHS if path != "dense")
 LOWERINGS = ("auto", "convolution", "patches")
 
 # Input and output channels up to which patches win on a CPU.
@@ -42,6 +48,32 @@ def check_widths(widths: Sequence[Any], n: int | None = None) -> None:
             f"widths={tuple(widths)} must be {n or 'some'} positive whole numbers; () "
             "takes the network's own"
         )
+
+
+def dense(parent: nn.Module, features: int, name: str, **options: Any) -> nn.Dense:
+    """A dense layer that multiplies by its active weights alone, where it has a plan.
+
+    Plans are variables of the network, by the name of the layer, in a collection for
+    each way to compute: those of `execution_choice.PATHS` but dense. Without one this
+    is `nn.Dense`.
+
+    Args:
+      parent: the module that calls it, at the top of the network.
+      features: number of outputs.
+      name: of the layer.
+      options: of `nn.Dense`.
+    """
+    for path in PLANNED:
+        if parent.has_variable(path, name):
+            plan: Any = parent.get_variable(path, name)
+            product = partial(_planned, plan, GRAD_OF[path])
+            return nn.Dense(features, name=name, dot_general=product, **options)
+    return nn.Dense(features, name=name, **options)
+
+
+def _planned(plan, grad, x, kernel, dimensions, precision=None, **_: Any):
+    del dimensions, precision  # those of a dense layer
+    return linear(x, kernel, plan, grad=grad)
 
 
 def block(module: type[nn.Module], remat: bool) -> Callable[..., nn.Module]:

@@ -51,5 +51,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     "global_gradual_pruning": _global_gradual_pruning,
     "han_pruning": rules_pruning.han_pruning,
 }
+# Those that leave each layer as many weights as it has.
+CONSERVING = frozenset({"static", "set", "set_signed", "rigl", "rigl_inverted"})
 # Those that take weights away alone, and so start from all of them.
 PRUNING = frozenset({"gradual_pruning", "global_gradual_pruning", "han_pruning"})

@@ -234,6 +234,11 @@ def gradual_pruning(
     return Rule(is_due=is_due, propose=propose, init=init)
 
 
+def watches(rule: Rule) -> bool:
+    """Whether the rule looks at the dense gradient of every step."""
+    return rule.observe is not _ignore
+
+
 def is_rewire(rule: Rule, n_updates: Any) -> Bool[Array, "..."]:
     """Whether the update after `n_updates` others rewires; shapes broadcast."""
     offset = 1 if rule.timing == "after" else 0
