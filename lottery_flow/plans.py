@@ -54,8 +54,8 @@ def choose(job: Job, params: Params, masks: Masks, record: Path) -> dict[str, st
             raise UserError(f"{record} is damaged; delete it to choose anew") from error
     masked = {k for k, m in masks_lib.named_leaves(masks).items() if m is not None}
     counts = masks_lib.counts(masks, params)
-    asked = {} if job.execution == "auto" else job.execution
-    override = asked and options.parse("train.execution", asked)
+    asked = "" if job.execution == "auto" else job.execution
+    override = options.parse("train.execution", asked)
     sizes = kernels, {k: counts[k] for k in kernels if k in masked}, job.batch_size
     # Images need no gradient.
     first = {
