@@ -193,8 +193,8 @@ def default() -> ConfigDict:
                 # finite: stop, or skip it, which a column of the metrics counts.
                 "on_nonfinite": "stop",
                 # How linear layers are computed: dense products under masks, or by the
-                # active weights alone where that was measured to be faster (auto), or
-                # layer by layer: 'fc1=csr_gathered,fc2=dense'; see plans.py.
+                # active weights alone where that was measured to be faster (auto) or
+                # in the layers that are named: 'fc1=csr_gathered'; see plans.py.
                 "execution": "dense",
                 # Of a running average of the weights, 0.9999 for instance, which is
                 # evaluated beside them; 0: none.

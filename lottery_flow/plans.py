@@ -9,7 +9,7 @@ gradient of a step (rewires, probes, evaluation, analysis) computes densely.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +48,13 @@ def choose(job: Job, params: Params, masks: Masks, record: Path) -> dict[str, st
         if len(leaf.shape) == 2
     }
     if record.exists():
-        try:
-            return json.loads(record.read_text())
-        except ValueError as error:
-            raise UserError(f"{record} is damaged; delete it to choose anew") from error
+        return _kept(record, kernels)
     masked = {k for k, m in masks_lib.named_leaves(masks).items() if m is not None}
     counts = masks_lib.counts(masks, params)
-    asked = "" if job.execution == "auto" else job.execution
-    override = options.parse("train.execution", asked)
+    override = {}
+    if job.execution != "auto":  # nothing is left to a measurement
+        asked = options.parse("train.execution", job.execution)
+        override = dict.fromkeys(kernels, "dense") | asked
     sizes = kernels, {k: counts[k] for k in kernels if k in masked}, job.batch_size
     # Images need no gradient.
     first = {
@@ -67,9 +66,27 @@ def choose(job: Job, params: Params, masks: Masks, record: Path) -> dict[str, st
         )
     except ValueError as error:
         raise UserError(f"train.execution: {error}") from error
-    table = execution_choice.table(*sizes, paths, **first)
-    _LOG.info("how linear layers are computed, in ms:\n%s", table)
+    for name, path in paths.items():
+        if path != "dense" and name not in masked:
+            raise UserError(
+                f"train.execution: {name} has no inactive weights; write dense for it"
+            )
+    if job.execution == "auto":
+        table = execution_choice.table(*sizes, paths, **first)
+        _LOG.info("how linear layers are computed, in ms:\n%s", table)
     return paths
+
+
+def _kept(record: Path, kernels: Collection[str]) -> dict[str, str]:
+    """The paths that `keep` wrote."""
+    try:
+        found = json.loads(record.read_text())
+    except ValueError:
+        found = None
+    whole = isinstance(found, dict) and found.keys() == set(kernels)
+    if not whole or not set(found.values()) <= set(execution_choice.PATHS):
+        raise UserError(f"{record} is damaged; delete it to choose anew")
+    return found
 
 
 def keep(paths: Mapping[str, str], record: Path) -> None:

@@ -102,9 +102,10 @@ def test_auto_takes_what_was_measured_and_keeps_it(tmp_path, monkeypatch):
     assert plans.choose(*args) == {"fc1": "csr_gathered", "fc2": "dense"}
     record.unlink()
     assert set(plans.choose(*args).values()) == {"dense"}
-    record.write_text("{")
-    with pytest.raises(UserError, match=r"execution\.json is damaged; delete it"):
-        plans.choose(*args)
+    for text in ("{", "[]", "{}", '{"fc1": "csr", "fc2": "fast"}'):
+        record.write_text(text)
+        with pytest.raises(UserError, match=r"execution\.json is damaged; delete it"):
+            plans.choose(*args)
 
 
 @pytest.mark.parametrize("model", ["mlp", "lenet5"])
@@ -154,6 +155,10 @@ def test_wrong_choices_get_one_sentence(fields, message):
     ("fields", "message"),
     [
         ({"train__execution": "fc9=csr"}, "train.execution: override={'fc9': 'csr'}"),
+        (
+            {"train__execution": "fc3=csr", "sparsity__dense_layers": "fc3"},
+            "train.execution: fc3 has no inactive weights",
+        ),
         ({"train__execution": "fc1=fast"}, "train.execution: override={'fc1': 'fast'}"),
         (
             {
