@@ -21,15 +21,15 @@ def rows(training: Training, seed: int, setup: Setup) -> list[Row]:
     """The rows of a run: its own, or if it is not finished those kept of it."""
     paths = RunPaths(training.run(setup, seed))
     if not paths.done.exists():
-        kept = [row for row in _read(_path(training, setup)) if row["seed"] == seed]
-        if kept:
-            return kept
+        kept = _read(_path(training, setup))
+        if seed in kept:
+            return kept[seed]
     return metrics.read(paths.metrics)
 
 
 def seeds(training: Training, setup: Setup) -> set[int]:
     """The seeds of which rows are kept."""
-    return {row["seed"] for row in _read(_path(training, setup))}
+    return set(_read(_path(training, setup)))
 
 
 def keep(trainings: Iterable[Training], setup: Setup) -> None:
@@ -38,28 +38,26 @@ def keep(trainings: Iterable[Training], setup: Setup) -> None:
         path = _path(training, setup)
         if path is None:
             return
-        own = training.seeds(setup)
-        done = [RunPaths(training.run(setup, s)).done.exists() for s in own]
-        if not any(done):
+        runs = {s: RunPaths(training.run(setup, s)) for s in training.seeds(setup)}
+        done = {s: metrics.read(r.metrics) for s, r in runs.items() if r.done.exists()}
+        if not done:
             continue
-        found = [row for seed in own for row in _kept(training, seed, setup)]
-        text = "".join(json.dumps(row) + "\n" for row in found)
+        found = sorted((_read(path) | done).items())
+        text = "".join(json.dumps(row) + "\n" for _, own in found for row in own)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Without the time, so that the same rows are the same file.
         write_atomically(path, gzip.compress(text.encode(), mtime=0))
 
 
-def _kept(training: Training, seed: int, setup: Setup) -> list[Row]:
-    done = RunPaths(training.run(setup, seed)).done.exists()
-    known = done or seed in seeds(training, setup)
-    return rows(training, seed, setup) if known else []
-
-
-def _read(path: Path | None) -> list[Row]:
+def _read(path: Path | None) -> dict[int, list[Row]]:
+    """The rows that were kept, by seed."""
+    found: dict[int, list[Row]] = {}
     if path is None or not path.exists():
-        return []
+        return found
     with gzip.open(path, "rt") as file:
-        return [json.loads(line) for line in file]
+        for row in map(json.loads, file):
+            found.setdefault(row["seed"], []).append(row)
+    return found
 
 
 def _path(training: Training, setup: Setup) -> Path | None:

@@ -37,7 +37,7 @@ def build(config: ConfigDict, seed: int) -> Job:
     known = method.Known(
         sizes={k: v.size for k, v in layers.items()},
         n_active=n_active,
-        final_sparsity=_layer_sparsity(config, shapes),
+        final_sparsity=partial(_layer_sparsity, config, shapes),
         n_train=spec.n_train,
     )
     parameterization = method.parameterization(config, known)

@@ -143,8 +143,8 @@ def fields(config: ConfigDict) -> None:
             f"sparsity.end_steps={end} is before "
             f"sparsity.begin_steps={sparsity.begin_steps}; give a later end, or -1"
         )
-    check_method.methods(config)
     check_method.tickets(config)
+    check_method.methods(config)
     check_method.execution(config)
     if method.takes(config, "end"):
         if end <= sparsity.begin_steps:

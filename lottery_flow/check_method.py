@@ -2,6 +2,7 @@
 
 from ml_collections import ConfigDict
 
+from lottery_flow import config as config_lib
 from lottery_flow import limits, method, options
 from lottery_flow.errors import UserError
 from lottery_flow.sparsity import distributions
@@ -45,15 +46,8 @@ def methods(config: ConfigDict) -> None:
             "sparsity.parameterization", sparsity.parameterization, PARAMETERIZATIONS
         )
         field = f"sparsity.parameterization={sparsity.parameterization!r}"
-        for other, nothing in (
-            *(("rule", "static"), ("masks_from", ""), ("granularity", "")),
-            *(("grow_init", "zeros"), ("shuffle_masks", False)),
-        ):
-            if sparsity[other] != nothing:
-                raise UserError(
-                    f"{field} decides itself which weights are active, but "
-                    f"sparsity.{other}={sparsity[other]!r}; leave that at {nothing!r}"
-                )
+        what = f"{field} decides itself which weights are active"
+        _leave(what, sparsity, "rule", "grow_init")
         if not sparsity.sparsity:
             raise UserError(
                 f"{field}: sparsity.sparsity=0.0 makes no layer sparse; give a "
@@ -134,15 +128,8 @@ def tickets(config: ConfigDict) -> None:
         distributions.parse_layer_map(own.layer_rates)
     except ValueError as error:
         raise UserError(f"tickets.layer_rates: {error}") from error
-    for field, nothing in (
-        *(("rule", "static"), ("at_init", ""), ("parameterization", "")),
-        *(("masks_from", ""), ("granularity", ""), ("shuffle_masks", False)),
-    ):
-        if sparsity[field] != nothing:
-            raise UserError(
-                f"tickets.rounds={own.rounds} prunes between trainings, but "
-                f"sparsity.{field}={sparsity[field]!r}; leave that at {nothing!r}"
-            )
+    what = f"tickets.rounds={own.rounds} prunes between trainings"
+    _leave(what, sparsity, "rule", "at_init", "parameterization")
     if not sparsity.sparsity:
         raise UserError(
             f"tickets.rounds={own.rounds}: sparsity.sparsity=0.0 makes no layer "
@@ -166,3 +153,14 @@ def tickets(config: ConfigDict) -> None:
             "tickets.rewind='fine_tune' goes on with the last learning rate, which "
             "optim.schedule='cosine' makes zero; write step or constant"
         )
+
+
+def _leave(what: str, sparsity: ConfigDict, *fields: str) -> None:
+    """Raises UserError unless these fields, and those of masks, say nothing."""
+    nothing = config_lib.default().sparsity
+    for field in (*fields, "masks_from", "granularity", "shuffle_masks"):
+        if sparsity[field] != nothing[field]:
+            raise UserError(
+                f"{what}, but sparsity.{field}={sparsity[field]!r}; leave that at "
+                f"{nothing[field]!r}"
+            )

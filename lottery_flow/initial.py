@@ -99,8 +99,9 @@ def _prune(config, recipe, model, spec, key, taken, dataset):
     masks_key = jax.random.fold_in(key, draw.MASKS)
     # Norms that start at zero would hide what is behind them.
     params = at_init_checks.open_branches(masks_key, dense.params)
-    scored = _fresh(model.init, model.apply, spec)
-    if taken is not None:
+    if taken is None:
+        scored = _fresh(model.init, model.apply, spec)
+    else:
         scored = partial(_scored, model.apply, spec, taken[1])
     constant = 1.0
     if chosen.score is at_init_scores.synflow:

@@ -3,7 +3,8 @@
 A rule, a way to prune at initialisation or a parameterization is a function in a dict;
 `options.call` gives it what it asks for by name. What there is to give:
 
-    n_active            weights that stay active, by layer
+    n_active            weights that stay active, by layer; as n_active_forward too,
+                        and twice as many as n_active_backward
     final_sparsity      the same as a share of each layer, before rounding
     total_sparsity      the same of all layers together
     is_due              the steps that rewire
@@ -109,13 +110,14 @@ class Known(NamedTuple):
     Attributes:
       sizes: weights of each layer.
       n_active: those that stay active.
-      final_sparsity: the share of the others, before it is rounded to whole weights.
+      final_sparsity: `() ->` the share of the others, by layer, before it is rounded
+        to whole weights.
       n_train: training examples.
     """
 
     sizes: Mapping[str, int]
     n_active: Mapping[str, int]
-    final_sparsity: Mapping[str, float]
+    final_sparsity: Callable[[], Mapping[str, float]]
     n_train: int
 
 
@@ -165,11 +167,9 @@ def parameterization(config: ConfigDict, known: Known) -> Parameterization | Non
     name = config.sparsity.parameterization
     if not name:
         return None
-    field, text = (
-        "sparsity.parameterization_options",
-        (config.sparsity.parameterization_options),
-    )
-    return options.call(field, PARAMETERIZATIONS[name], _given(config, known), text)
+    field, text = "parameterization_options", config.sparsity.parameterization_options
+    make, given = PARAMETERIZATIONS[name], _given(config, known)
+    return options.call(f"sparsity.{field}", make, given, text)
 
 
 def total_steps(config: ConfigDict) -> int:
@@ -250,6 +250,9 @@ def _given(config: ConfigDict, known: Known) -> dict[str, Any]:
     def total_sparsity():
         return 1.0 - sum(sparse.values()) / sum(known.sizes[k] for k in sparse)
 
+    def final_sparsity():
+        return {k: v for k, v in known.final_sparsity().items() if k in sparse}
+
     def n_active_backward():
         return {k: min(2 * n, known.sizes[k]) for k, n in sparse.items()}
 
@@ -261,7 +264,7 @@ def _given(config: ConfigDict, known: Known) -> dict[str, Any]:
         "n_active": lambda: sparse,
         "n_active_forward": lambda: sparse,
         "n_active_backward": n_active_backward,
-        "final_sparsity": lambda: {k: known.final_sparsity[k] for k in sparse},
+        "final_sparsity": final_sparsity,
         "total_sparsity": total_sparsity,
         "is_due": is_due,
         "begin": lambda: sparsity.begin_steps,
