@@ -251,10 +251,12 @@ def named_masks(masks) -> dict[str, Any]:
 
 def choose(net: Net, widths) -> dict[str, str]:
     """The measured paths, printed."""
-    pairs = itertools.pairwise(widths)
-    shapes = {f"fc{n}": pair for n, pair in enumerate(pairs, start=1)}
-    paths = choice.choose(shapes, net.n_active, BATCH, without_dx=("fc1",))
-    lines = choice.table(shapes, net.n_active, BATCH, paths, without_dx=("fc1",))
+    layers = {
+        f"fc{n}": choice.Layer(execution.linear, pair, pair[:1])
+        for n, pair in enumerate(itertools.pairwise(widths), start=1)
+    }
+    paths = choice.choose(layers, net.n_active, BATCH, without_dx=("fc1",))
+    lines = choice.table(layers, net.n_active, BATCH, paths, without_dx=("fc1",))
     print(lines, flush=True)
     return paths
 

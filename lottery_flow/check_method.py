@@ -7,13 +7,11 @@ from lottery_flow import limits, method, options
 from lottery_flow.errors import UserError
 from lottery_flow.sparsity import distributions
 from lottery_flow.sparsity.at_init import METHODS
+from lottery_flow.sparsity.execution_choice import PATHS
 from lottery_flow.sparsity.methods import CONSERVING, PRUNING
 from lottery_flow.sparsity.parameterizations import PARAMETERIZATIONS
 from lottery_flow.sparsity.ticket_criteria import TICKET_CRITERIA
 from lottery_flow.sparsity.ticket_weights import TREATMENTS
-
-# Networks whose linear layers can be computed by their active weights.
-PLANNED = ("mlp", "lenet5")
 
 
 def methods(config: ConfigDict) -> None:
@@ -90,24 +88,16 @@ def execution(config: ConfigDict) -> None:
     if how == "dense":
         return
     field = f"train.execution={how!r}"
-    if how != "auto":
+    if how != "auto" and how not in PATHS:
         options.parse("train.execution", how)
-    if config.model.name not in PLANNED:
-        raise UserError(
-            f"{field}: of {config.model.name} all layers are computed densely; write "
-            f"dense, or take {' or '.join(PLANNED)}"
-        )
     if sparsity.rule not in CONSERVING or sparsity.parameterization:
         what = sparsity.parameterization or sparsity.rule
         raise UserError(
             f"{field} needs layers whose number of active weights stays the same, "
             f"which {what} changes; write dense"
         )
-    if config.model.norm_examples or config.model.dtype != "float32":
-        raise UserError(
-            f"{field} knows neither model.norm_examples nor model.dtype="
-            f"{config.model.dtype!r}; write dense"
-        )
+    if config.model.norm_examples:
+        raise UserError(f"{field} knows no model.norm_examples; write dense")
 
 
 def tickets(config: ConfigDict) -> None:

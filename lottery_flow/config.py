@@ -192,9 +192,10 @@ def default() -> ConfigDict:
                 # What to do about an update whose loss, gradient or weights are not
                 # finite: stop, or skip it, which a column of the metrics counts.
                 "on_nonfinite": "stop",
-                # How linear layers are computed: dense products under masks, or by the
-                # active weights alone where that was measured to be faster (auto) or
-                # in the layers that are named: 'fc1=csr_gathered'; see plans.py.
+                # How layers are computed: dense products under masks, or by the active
+                # weights alone where that was measured to be faster (auto), in all
+                # that are sparse (csr, csr_gathered) or in those that are named:
+                # 'fc1=csr_gathered'; see plans.py.
                 "execution": "dense",
                 # Of a running average of the weights, 0.9999 for instance, which is
                 # evaluated beside them; 0: none.

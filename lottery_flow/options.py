@@ -23,7 +23,8 @@ def parse(field: str, text: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, equals, value = (p.strip() for p in part.partition("="))
-        if not equals or not name.isidentifier() or not value or name in found:
+        is_name = name.replace("/", "_").isidentifier()  # layers have paths
+        if not equals or not is_name or not value or name in found:
             raise UserError(
                 f"{field}={text!r}: write name=value,name=value, each name once"
             )

@@ -1,19 +1,22 @@
-"""How the linear layers of a run are computed: dense, or by their active weights.
+"""How the layers of a run are computed: dense, or by their active weights.
 
-`train.execution=auto` measures each layer once, when the run begins, and keeps what it
-chose in `<run>/execution.json`: a run that goes on computes as before. The plans, where
-active weights lie, follow from the masks; they are built on the host when training
-begins and after each rewire, and are no part of the state. Whatever needs more than the
-gradient of a step (rewires, probes, evaluation, analysis) computes densely.
+`train.execution=auto` measures each layer once, when the run begins, then whole steps,
+and keeps what it chose in `<run>/execution.json`: a run that goes on computes as
+before. The plans, where active weights lie, follow from the masks; they are built on
+the host when training begins and after each rewire, and are no part of the state.
+Whatever needs more than the gradient of a step (rewires, probes, evaluation, analysis)
+computes densely.
 """
 
 import json
 import logging
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lottery_flow import options
@@ -23,18 +26,21 @@ from lottery_flow.runs import write_atomically
 from lottery_flow.sparsity import execution_choice, rules
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.sparsity.execution_structure import structure_on_host
-from lottery_flow.sparsity.masks import Masks, Params
+from lottery_flow.sparsity.masks import Masks
+from lottery_flow.state import TrainState
 
 _LOG = logging.getLogger(__name__)
 
+# The second choice: layers alone that save half of their time.
+_CLEARLY = 0.5
 
-def choose(job: Job, params: Params, masks: Masks, record: Path) -> dict[str, str]:
-    """The path of each linear layer, {} where all of them are dense.
+
+def choose(job: Job, state: TrainState, record: Path) -> dict[str, str]:
+    """The path of each layer that can have a plan, {} where all of them are dense.
 
     Args:
       job: of the run; `job.execution` is `train.execution`.
-      params: of its network.
-      masks: with as many active weights as throughout the training.
+      state: of one network, with as many active weights as throughout the training.
       record: the file that `keep` wrote, if the run goes on.
 
     Raises:
@@ -42,28 +48,30 @@ def choose(job: Job, params: Params, masks: Masks, record: Path) -> dict[str, st
     """
     if job.execution == "dense":
         return {}
-    kernels = {
-        name: tuple(leaf.shape)
-        for name, leaf in masks_lib.layers(params).items()
-        if len(leaf.shape) == 2
-    }
+    layers = job.model.layers
     if record.exists():
-        return _kept(record, kernels)
-    masked = {k for k, m in masks_lib.named_leaves(masks).items() if m is not None}
-    counts = masks_lib.counts(masks, params)
-    override = {}
-    if job.execution != "auto":  # nothing is left to a measurement
-        asked = options.parse("train.execution", job.execution)
-        override = dict.fromkeys(kernels, "dense") | asked
-    sizes = kernels, {k: counts[k] for k in kernels if k in masked}, job.batch_size
-    # Images need no gradient.
-    first = {
-        "without_dx": [k for k in list(kernels)[:1] if len(kernels) == len(counts)]
+        return _kept(record, layers)
+    masked = {
+        k for k, m in masks_lib.named_leaves(state.masks).items() if m is not None
     }
+    counts = masks_lib.counts(state.masks, state.params)
+    n_active = {k: counts[k] for k in layers if k in masked}
+    override = {}
+    if job.execution in execution_choice.PATHS:
+        override = dict.fromkeys(layers, "dense")
+        override |= dict.fromkeys(n_active, job.execution)
+    elif job.execution != "auto":  # nothing is left to a measurement
+        asked = options.parse("train.execution", job.execution)
+        override = dict.fromkeys(layers, "dense") | asked
+    first = list(layers)[:1]  # images need no gradient
+    choose_by = partial(
+        *(execution_choice.choose, layers, n_active, job.batch_size),
+        without_dx=first,
+        dense_grads=rules.watches(job.rule),
+        override=override,
+    )
     try:
-        paths = execution_choice.choose(
-            *sizes, **first, dense_grads=rules.watches(job.rule), override=override
-        )
+        paths = choose_by()
     except ValueError as error:
         raise UserError(f"train.execution: {error}") from error
     for name, path in paths.items():
@@ -72,18 +80,57 @@ def choose(job: Job, params: Params, masks: Masks, record: Path) -> dict[str, st
                 f"train.execution: {name} has no inactive weights; write dense for it"
             )
     if job.execution == "auto":
-        table = execution_choice.table(*sizes, paths, **first)
-        _LOG.info("how linear layers are computed, in ms:\n%s", table)
+        table = execution_choice.table(
+            layers, n_active, job.batch_size, paths, without_dx=first
+        )
+        _LOG.info("how layers are computed, in ms:\n%s", table)
+        clear = choose_by(margin=_CLEARLY)
+        paths = _fastest(job, state, [paths, clear])
     return paths
 
 
-def _kept(record: Path, kernels: Collection[str]) -> dict[str, str]:
+def _fastest(job: Job, state: TrainState, choices: list[dict[str, str]]) -> Any:
+    """Of some choices of paths that of the fastest whole step, if it is not dense.
+
+    Between layers that are computed differently activations are turned over, which no
+    layer shows on its own.
+    """
+    dense = dict.fromkeys(choices[0], "dense")
+    choices = [dense] + [c for c in choices if c != dense]
+    if len(choices) == 1:
+        return dense
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (job.batch_size, *job.spec.image_shape), np.uint8)
+    labels = rng.integers(0, job.spec.n_classes, job.batch_size, np.int32)
+    batch = {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
+    train = jax.jit(job.make_steps().train)
+    args = state, job.knobs, batch, None
+    times = execution_choice.least(
+        [
+            execution_choice.repeatable(train, (*args, of_masks(paths, state.masks)))
+            for paths in choices
+        ]
+    )
+    best = int(np.argmin(times))
+    if times[best] > (1 - execution_choice.MARGIN) * times[0]:
+        best = 0
+    sparse = [name for name, path in choices[best].items() if path != "dense"]
+    _LOG.info(
+        "computed by their active weights: %s; a step takes %.2f of the time of a "
+        "dense one",
+        ", ".join(sparse) or "no layers",
+        times[best] / times[0],
+    )
+    return choices[best]
+
+
+def _kept(record: Path, layers: Collection[str]) -> dict[str, str]:
     """The paths that `keep` wrote."""
     try:
         found = json.loads(record.read_text())
     except ValueError:
         found = None
-    whole = isinstance(found, dict) and found.keys() == set(kernels)
+    whole = isinstance(found, dict) and found.keys() == set(layers)
     if not whole or not set(found.values()) <= set(execution_choice.PATHS):
         raise UserError(f"{record} is damaged; delete it to choose anew")
     return found
@@ -101,5 +148,6 @@ def of_masks(paths: Mapping[str, str], masks: Masks) -> dict[str, Any]:
     for name, path in paths.items():
         if path != "dense":
             mask = np.asarray(jax.device_get(named[name]))
-            found.setdefault(path, {})[name] = structure_on_host(mask)
+            matrix = mask.reshape(-1, mask.shape[-1])
+            found.setdefault(path, {})[name] = structure_on_host(matrix)
     return found

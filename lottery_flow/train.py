@@ -132,7 +132,7 @@ def _train(
     if keep and len(members) > 1:
         keep = max(keep, 2)  # a kill may leave newest checkpoints an interval apart
     record = members[0].paths.execution
-    paths = plans.choose(job, states[0].params, states[0].masks, record)
+    paths = plans.choose(job, states[0], record)
     if paths and (pop.mesh.size > 1 or (len(members) > 1 and not takes_turns)):
         raise UserError(
             f"train.execution={job.execution!r} needs members that take turns on one "

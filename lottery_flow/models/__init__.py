@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lottery_flow.models import execution
 from lottery_flow.models.layers import LOWERINGS, delta_orthogonal
 from lottery_flow.models.lenet import LeNet5
 from lottery_flow.models.mlp import MLP
@@ -29,6 +30,7 @@ from lottery_flow.models.resnet import (
 from lottery_flow.models.vgg import vgg16, vgg16_bn
 from lottery_flow.models.vit import ViT
 from lottery_flow.models.wide_resnet import wrn16_4, wrn22_2
+from lottery_flow.sparsity.execution_choice import Layer
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "lenet5": LeNet5,
@@ -72,7 +74,8 @@ class Model(NamedTuple):
       init: `(key) -> variables`, a dict with `params` and, with norms, `batch_stats`.
       apply: `(params, batch_stats, images, train, key, plans) -> (logits, batch_stats)`
         for float images [b h w c]; `key` feeds dropout, where the module has it;
-        `plans` are those of `layers.dense`, {} or left out without any.
+        `plans` are those of `execution.intercept`, {} or left out without any.
+      layers: those that can have a plan, by name in the order of the computation.
       positions: output positions of each layer for one image: the product of the
         spatial dimensions of its output, 1 for dense layers.
       trace: `(params, batch_stats, images, train, perturbations, key) -> (logits,
@@ -83,6 +86,7 @@ class Model(NamedTuple):
 
     init: Callable
     apply: Callable
+    layers: dict[str, Layer]
     positions: dict[str, int]
     trace: Callable
 
@@ -118,7 +122,10 @@ def from_module(module: nn.Module, image_shape: tuple[int, int, int]) -> Model:
         return module.init(key, jnp.zeros(example.shape, example.dtype), train=False)
 
     def apply(params, batch_stats, images, train, key=None, plans=None):
-        variables = {"params": params, "batch_stats": batch_stats, **(plans or {})}
+        if plans:
+            with execution.intercept(plans):
+                return apply(params, batch_stats, images, train, key)
+        variables = {"params": params, "batch_stats": batch_stats}
         if not train:
             return module.apply(variables, images, train=False), batch_stats
         rngs = None if key is None else {"dropout": key}
@@ -155,7 +162,7 @@ def from_module(module: nn.Module, image_shape: tuple[int, int, int]) -> Model:
             logits, _ = apply(params, batch_stats, images, train, key)
         return logits, outputs
 
-    return Model(init, apply, positions, trace)
+    return Model(init, apply, execution.layers_of(module, example), positions, trace)
 
 
 def _positions(module: nn.Module, example: jax.ShapeDtypeStruct) -> dict[str, int]:

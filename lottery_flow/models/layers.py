@@ -26,14 +26,9 @@ from flax.linen.dtypes import promote_dtype
 from jax import lax
 from jaxtyping import Array, Float, Key
 
-from lottery_flow.sparsity.execution import linear
-from lottery_flow.sparsity.execution_choice import GRAD_OF, PATHS
-
 Pair: TypeAlias = tuple[int, int]
 Padding: TypeAlias = str | int | Sequence[int | Pair]
 
-# Ways of linear layers to compute that need a plan.
-PLANNED = tuple(path for path in PATHS if path != "dense")
 LOWERINGS = ("auto", "convolution", "patches")
 
 # Input and output channels up to which patches win on a CPU.
@@ -48,32 +43,6 @@ def check_widths(widths: Sequence[Any], n: int | None = None) -> None:
             f"widths={tuple(widths)} must be {n or 'some'} positive whole numbers; () "
             "takes the network's own"
         )
-
-
-def dense(parent: nn.Module, features: int, name: str, **options: Any) -> nn.Dense:
-    """A dense layer that multiplies by its active weights alone, where it has a plan.
-
-    Plans are variables of the network, by the name of the layer, in a collection for
-    each way to compute: those of `execution_choice.PATHS` but dense. Without one this
-    is `nn.Dense`.
-
-    Args:
-      parent: the module that calls it, at the top of the network.
-      features: number of outputs.
-      name: of the layer.
-      options: of `nn.Dense`.
-    """
-    for path in PLANNED:
-        if parent.has_variable(path, name):
-            plan: Any = parent.get_variable(path, name)
-            product = partial(_planned, plan, GRAD_OF[path])
-            return nn.Dense(features, name=name, dot_general=product, **options)
-    return nn.Dense(features, name=name, **options)
-
-
-def _planned(plan, grad, x, kernel, dimensions, precision=None, **_: Any):
-    del dimensions, precision  # those of a dense layer
-    return linear(x, kernel, plan, grad=grad)
 
 
 def block(module: type[nn.Module], remat: bool) -> Callable[..., nn.Module]:
@@ -125,8 +94,8 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b p q o"]:
-        strides = _pair(self.strides)
-        padding = _pads(self.padding, images.shape[1:3], self.kernel_size, strides)
+        strides = pair(self.strides)
+        padding = pads(self.padding, images.shape[1:3], self.kernel_size, strides)
         channels = images.shape[-1]
         if self.groups < 1 or channels % self.groups or self.features % self.groups:
             raise ValueError(
@@ -141,8 +110,9 @@ class Conv(nn.Module):
             bias = self.param("bias", self.bias_init, shape[-1:], jnp.float32)
         x, kernel, bias = promote_dtype(images, kernel, bias, dtype=self.dtype)
         if lowering == "patches":
-            return _patches(x, kernel, bias, strides, padding)
-        return _convolution(x, kernel, bias, strides, padding, self.groups)
+            product = partial(jnp.matmul, kernel.reshape(-1, shape[-1]).T)
+            return patches(x, self.kernel_size, product, bias, strides, padding)
+        return convolution(x, kernel, bias, strides, padding, self.groups)
 
 
 def choose_lowering(lowering: str, kernel_shape: Sequence[int], groups: int = 1) -> str:
@@ -211,8 +181,8 @@ def _first(a: Array, b: Array) -> Array:
     return jnp.where((a >= b) | (a != a), a, b)
 
 
-def _convolution(x, kernel, bias, strides, padding, groups):
-    """XLA's convolution."""
+def convolution(x, kernel, bias, strides, padding, groups: int = 1):
+    """XLA's convolution of x [b h w c] with a kernel [kh kw c/groups o]."""
     y = lax.conv_general_dilated(
         x,
         kernel,
@@ -224,9 +194,18 @@ def _convolution(x, kernel, bias, strides, padding, groups):
     return y if bias is None else y + bias.reshape(1, 1, 1, -1)
 
 
-def _patches(x, kernel, bias, strides, padding):
-    """One product of the kernel with shifted copies of the images."""
-    kh, kw, _, features = kernel.shape
+def patches(x, size: Pair, product: Callable, bias, strides, padding):
+    """The same by one product of the kernel with shifted copies of the images.
+
+    Args:
+      x: images [b h w c].
+      size: (kh, kw) of the kernel.
+      product: `(copies [n m]) -> [o m]`, the kernel as a matrix [o n] times them, with
+        n = kh kw c and m = p q b.
+      bias: [o] or None.
+      strides: of the output.
+      padding: (low, high) zeros for height and width.
+    """
     x = lax.pad(
         x.transpose(3, 1, 2, 0),
         jnp.zeros((), x.dtype),
@@ -234,15 +213,15 @@ def _patches(x, kernel, bias, strides, padding):
     )
     # First along the width, then along the height: kh + kw slices, not kh kw. Joined
     # at the channels, so that under vmap the members stay outermost.
-    x = _shifts(_shifts(x, 2, kw, strides[1]), 1, kh, strides[0])
-    rows, p, q, batch = x.shape
-    y = kernel.reshape(rows, features).T @ x.reshape(rows, p * q * batch)
+    x = _shifts(_shifts(x, 2, size[1], strides[1]), 1, size[0], strides[0])
+    n, p, q, batch = x.shape
+    y = product(x.reshape(n, p * q * batch))
     if bias is not None:
         y = y + bias.reshape(-1, 1)
     # What follows reads y several times. Without the barrier XLA repeats the bias in
     # each reader, and sums the gradient of the bias in the order of the images.
     y = lax.optimization_barrier(y)
-    return y.reshape(features, p, q, batch).transpose(3, 1, 2, 0)
+    return y.reshape(-1, p, q, batch).transpose(3, 1, 2, 0)
 
 
 def _shifts(x, axis, size, stride):
@@ -253,13 +232,13 @@ def _shifts(x, axis, size, stride):
     )
 
 
-def _pair(value: int | Sequence[int]) -> Pair:
+def pair(value: int | Sequence[int]) -> Pair:
     """One number for both dimensions, or one for each."""
     first, second = (value, value) if isinstance(value, int) else value
     return first, second
 
 
-def _pads(padding: Padding, size, window, strides) -> tuple[Pair, Pair]:
+def pads(padding: Padding, size, window, strides) -> tuple[Pair, Pair]:
     """(low, high) zeros for height and width."""
     if isinstance(padding, str):
         if padding not in ("SAME", "VALID"):
@@ -268,4 +247,4 @@ def _pads(padding: Padding, size, window, strides) -> tuple[Pair, Pair]:
     else:
         both = (padding, padding) if isinstance(padding, int) else padding
         height, width = both
-    return _pair(height), _pair(width)
+    return pair(height), pair(width)

@@ -3,7 +3,7 @@
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from lottery_flow.models.layers import Conv, check_widths, dense, max_pool
+from lottery_flow.models.layers import Conv, check_widths, max_pool
 
 
 class LeNet5(nn.Module):
@@ -39,5 +39,5 @@ class LeNet5(nn.Module):
             x = max_pool(nn.relu(conv(x)), (2, 2), strides=(2, 2))
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.widths[2:], start=1):
-            x = nn.relu(dense(self, width, f"fc{i}")(x))
-        return dense(self, self.n_classes, "fc3")(x)
+            x = nn.relu(nn.Dense(width, name=f"fc{i}")(x))
+        return nn.Dense(self.n_classes, name="fc3")(x)

@@ -3,7 +3,7 @@
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from lottery_flow.models.layers import check_widths, dense
+from lottery_flow.models.layers import check_widths
 
 
 class MLP(nn.Module):
@@ -26,5 +26,5 @@ class MLP(nn.Module):
         check_widths(self.widths)
         x = images.reshape(images.shape[0], -1)
         for i, width in enumerate(self.widths, start=1):
-            x = nn.relu(dense(self, width, f"fc{i}")(x))
-        return dense(self, self.n_classes, f"fc{len(self.widths) + 1}")(x)
+            x = nn.relu(nn.Dense(width, name=f"fc{i}")(x))
+        return nn.Dense(self.n_classes, name=f"fc{len(self.widths) + 1}")(x)

@@ -16,12 +16,15 @@ several threads; elsewhere it gathers and adds, which is correct and slow. Forma
 Saad 2003, Iterative methods for sparse linear systems, section 3.4.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import sparse
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from lottery_flow.sparsity.execution_structure import Structure
 
@@ -31,9 +34,35 @@ GRADS = ("dense", "active")
 _GATHERED = 2**15
 
 
+class Compressed(NamedTuple):
+    """A kernel [in, out] in compressed rows of its outputs: for inference.
+
+    Attributes:
+      values: the active weights, by output and then by input.
+      inputs: of each of them.
+      starts: where each output's weights start, and the number of all.
+    """
+
+    values: Float[Array, " n"]
+    inputs: Int32[Array, " n"]
+    starts: Int32[Array, " out+1"]
+
+
+def compress(kernel, mask) -> Compressed:
+    """A kernel and its mask [..., out], the leading dimensions taken as inputs."""
+    n_out = np.shape(kernel)[-1]
+    mask = np.asarray(mask).reshape(-1, n_out).T
+    _, inputs = np.nonzero(mask)
+    return Compressed(
+        values=jnp.asarray(np.asarray(kernel).reshape(-1, n_out).T[mask]),
+        inputs=jnp.asarray(inputs.astype(np.int32)),
+        starts=jnp.asarray(np.cumsum([0, *mask.sum(1)]).astype(np.int32)),
+    )
+
+
 def linear(
     x: Float[Array, "... features"],
-    kernel: Float[Array, "i o"],
+    kernel: Float[Array, "i o"] | Compressed,
     plan: Structure | None,
     *,
     grad: str = "dense",
@@ -42,7 +71,8 @@ def linear(
 
     Args:
       x: [..., in], any number of leading dimensions.
-      kernel: of the dtype of x. Inactive entries are not read.
+      kernel: of the dtype of x. Inactive entries are not read. Compressed, it has no
+        plan, no derivatives, and cannot tell whether the features of x are its inputs.
       plan: where weights are active; None for the dense product, which reads all.
       grad: of the kernel. "dense" is that of the dense product, for rules that grow
         weights by it; "active" costs by the active weights as well.
@@ -62,6 +92,8 @@ def linear(
     """
     if grad not in GRADS:
         raise ValueError(f"grad={grad!r}: choose one of {', '.join(GRADS)}")
+    if isinstance(kernel, Compressed):
+        return _compressed_product(x, kernel)
     if x.dtype != kernel.dtype:
         raise ValueError(
             f"x is {x.dtype}, kernel {kernel.dtype}: cast them to the same dtype"
@@ -80,6 +112,13 @@ def linear(
         )
     y = _linear(x.reshape(-1, x.shape[-1]), kernel, plan, grad)
     return y.reshape(*x.shape[:-1], kernel.shape[1])
+
+
+def _compressed_product(x, kernel: Compressed):
+    """x [..., in] times a compressed kernel."""
+    x_t = with_layout_constraint(_wide(x.reshape(-1, x.shape[-1])).T, Layout((0, 1)))
+    y_t = _csr_product(_wide(kernel.values), kernel.inputs, kernel.starts, x_t)
+    return y_t.T.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 def _linear(x, kernel, plan, grad):

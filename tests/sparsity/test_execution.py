@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from lottery_flow.sparsity import execution, execution_choice, rules, schedules
 from lottery_flow.sparsity import masks as masks_lib
-from lottery_flow.sparsity.execution import linear
-from lottery_flow.sparsity.execution_choice import Times
+from lottery_flow.sparsity.execution import compress, linear
+from lottery_flow.sparsity.execution_choice import Layer, Times
 from lottery_flow.sparsity.execution_structure import structure, structure_on_host
 from lottery_flow.sparsity.transform import sparsify
 
@@ -372,32 +372,46 @@ def test_choose_measures_masked_layers_once_and_obeys(monkeypatch):
         return Times(1.0, 0.5, 2.0)
 
     monkeypatch.setattr(execution_choice, "measure", measure)
-    shapes = {"fc1": (6, 5), "fc2": (5, 4), "fc3": (4, 3)}
+    sizes = {"fc1": (6, 5), "fc2": (5, 4), "fc3": (4, 3)}
+    layers = {k: Layer(linear, size, size[:1]) for k, size in sizes.items()}
     paths = execution_choice.choose(
-        shapes,
+        layers,
         {"fc1": 7, "fc2": 5},
         batch=3,
         without_dx=("fc1",),
         override={"fc2": "csr_gathered"},
     )
     assert paths == {"fc1": "csr", "fc2": "csr_gathered", "fc3": "dense"}
-    assert asked == [((6, 5), 7, 3, "float32", False)]
+    assert asked == [(layers["fc1"], 7, 3, False)]
     for wrong in ({"fc9": "csr"}, {"fc1": "fast"}):
         with pytest.raises(ValueError, match="override"):
-            execution_choice.choose(shapes, {}, 3, override=wrong)
+            execution_choice.choose(layers, {}, 3, override=wrong)
 
 
 def test_measured_times_are_kept_and_printed():
-    times = execution_choice.measure((6, 5), 7, 3, "float32", False)
+    sizes = {"fc1": (6, 5), "fc2": (5, 4)}
+    layers = {k: Layer(linear, size, size[:1]) for k, size in sizes.items()}
+    times = execution_choice.measure(layers["fc1"], 7, 3, False)
     assert min(times) > 0
-    assert execution_choice.measure((6, 5), 7, 3, "float32", False) is times
-    shapes, n_active = {"fc1": (6, 5), "fc2": (5, 4)}, {"fc1": 7}
-    paths = execution_choice.choose(shapes, n_active, 3, without_dx=("fc1",))
+    assert execution_choice.measure(layers["fc1"], 7, 3, False) is times
+    paths = execution_choice.choose(layers, {"fc1": 7}, 3, without_dx=("fc1",))
     assert paths["fc1"] == execution_choice.fastest(times)
     assert paths["fc2"] == "dense"
-    lines = execution_choice.table(shapes, n_active, 3, paths, without_dx=("fc1",))
+    lines = execution_choice.table(layers, {"fc1": 7}, 3, paths, without_dx=("fc1",))
     head, first, second = lines.splitlines()
     assert "csr_gathered" in head
     assert f"{1e3 * times.dense:.3f}" in first
     assert first.split()[-1] == paths["fc1"]
     assert second.split()[-1] == "dense"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compressed_kernels_give_the_same_products(kind):
+    for dtype in ("float32", "bfloat16"):
+        mask = mask_of(kind, (7, 5))
+        x, kernel, dy = arrays((7, 5), 6, mask, dtype)
+        own = compress(jnp.where(mask, kernel, jnp.nan), mask)
+        assert own.values.shape == own.inputs.shape == (mask.sum(),)
+        found = linear(x.reshape(2, 3, 7), own, None)
+        assert found.dtype == x.dtype
+        assert_close(found.reshape(6, 5), oracle(x, kernel, dy)[0], dtype, 7)
