@@ -149,7 +149,33 @@ def _network_of(config):
     return source, model, jax.eval_shape(model.init, jax.random.key(0))["params"]
 
 
+def description(config: ConfigDict) -> dict[str, Any]:
+    """What the network of a configuration needs to be used: for JSON.
+
+    Returns:
+      `name` and `options` of `models.create`; `image_shape` and `n_classes` of the
+      data; `mean` and `std` of each channel as fractions of 255, see `make_steps`.
+    """
+    spec = data.find(config.data.name, config.data.dir, config.data.image_size).spec
+    own = ("image_shape", "n_classes", "mean", "std")
+    return {
+        "name": config.model.name,
+        "options": _model_options(config),
+        **{k: getattr(spec, k) for k in own},
+    }
+
+
 def _model(config, spec):
+    name = config.model.name
+    options = _model_options(config)
+    try:
+        return models.create(name, spec.image_shape, spec.n_classes, **options)
+    except ValueError as error:
+        raise UserError(f"model {name}: {error}") from error
+
+
+def _model_options(config) -> dict[str, Any]:
+    """Those of `models.create` that are not at their defaults."""
     name, own = config.model.name, models.options(config.model.name)
     asked = {
         "widths": tuple(config.model.widths),
@@ -168,10 +194,7 @@ def _model(config, spec):
                 f"model.{field}={value!r}: {name} has no such choice; leave it at "
                 f"{default[field]!r}"
             )
-    try:
-        return models.create(name, spec.image_shape, spec.n_classes, **options)
-    except ValueError as error:
-        raise UserError(f"model {name}: {error}") from error
+    return options
 
 
 def _n_active(config, shapes) -> dict[str, int]:

@@ -10,7 +10,8 @@ two tensors, a dense leaf is one:
     params/conv1/bias            as it is
     batch_stats/...              statistics of norms, as they are
 
-The file's metadata have the shapes of leaves with a mask (`shapes`, as JSON) and a
+`lottery_flow.inference` makes a function of it that costs by its active weights. The
+file's metadata have the shapes of leaves with a mask (`shapes`, as JSON) and a
 checksum of all tensors (`sha256`). Loaded again, every leaf has the same bits. The size
 is the one that `counting` counts, but for norms, of which it counts one number for each
 channel, and a header of some kilobytes.
@@ -32,7 +33,7 @@ from jax.experimental.sparse import BCSR
 from jaxtyping import Array, Bool, Float
 from safetensors.numpy import save as serialize
 
-from lottery_flow import checkpoint, command, counting
+from lottery_flow import build, checkpoint, command, counting, recorded
 from lottery_flow.errors import UserError
 from lottery_flow.runs import RunPaths, write_atomically
 from lottery_flow.sparsity import masks as masks_lib
@@ -195,7 +196,11 @@ def main(argv: Sequence[str]) -> None:
     step, network = checkpoint.restore_network(
         RunPaths(Path(values.run)).checkpoints, values.step
     )
-    about = {"run": Path(values.run).parent.name, "step": str(step)}
+    about = {
+        "run": Path(values.run).parent.name,
+        "step": str(step),
+        "model": json.dumps(build.description(recorded.read(Path(values.run)).config)),
+    }
     try:
         size = save(values.out, *_parts(network), about)
     except OSError as error:

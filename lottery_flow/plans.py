@@ -111,9 +111,7 @@ def _fastest(job: Job, state: TrainState, choices: list[dict[str, str]]) -> Any:
             for paths in choices
         ]
     )
-    best = int(np.argmin(times))
-    if times[best] > (1 - execution_choice.MARGIN) * times[0]:
-        best = 0
+    best = execution_choice.best(times)
     sparse = [name for name, path in choices[best].items() if path != "dense"]
     _LOG.info(
         "computed by their active weights: %s; a step takes %.2f of the time of a "

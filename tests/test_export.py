@@ -8,10 +8,12 @@ import run_cli
 from numpy.testing import assert_array_equal
 from safetensors import safe_open
 
-from lottery_flow import counting, export, models
+from lottery_flow import counting, export, inference, models
+from lottery_flow.build import build, flat_fields
 from lottery_flow.loop import Run
 from lottery_flow.runs import RunPaths
 from lottery_flow.sparsity import distributions, masks
+from lottery_flow.steps import normalize
 from lottery_flow.train import train
 
 
@@ -148,10 +150,11 @@ def test_what_would_be_lost_is_refused(tmp_path):
 
 
 def test_the_command_exports_a_checkpoint(tmp_path):
-    job = run_cli.small_job()
+    config = run_cli.small_config()
+    job, record = build(config, 0), {"seed": 0, **flat_fields(config)}
     paths = RunPaths(tmp_path / "some_run" / "seed_0")
     with jax.numpy_dtype_promotion("standard"):
-        (result,) = train([Run(job, paths, {"seed": 0})])
+        (result,) = train([Run(job, paths, record)])
     out = tmp_path / "net.safetensors"
     done = run_cli.in_process(f"--run={paths.root}", f"--out={out}", module=export)
     assert done.status == 0, done.stderr
@@ -159,7 +162,15 @@ def test_the_command_exports_a_checkpoint(tmp_path):
     found = export.load(out)
     jax.tree.map(same_bits, found.params, result.state.params)
     jax.tree.map(same_bits, found.masks, result.state.masks)
-    assert found.about == {"run": "some_run", "step": str(job.total_steps)}
+    assert found.about.keys() == {"run", "step", "model"}
+    assert found.about["run"] == "some_run"
+    assert found.about["step"] == str(job.total_steps)
+    images = np.random.default_rng(0).integers(0, 256, (4, 28, 28, 1), np.uint8)
+    own = normalize(jnp.asarray(images), job.spec.mean, job.spec.std)
+    logits, _ = job.model.apply(result.state.params, {}, own, False)
+    for execution in inference.EXECUTIONS:
+        net = inference.load(out, batch_size=4, execution=execution)
+        np.testing.assert_allclose(net.apply(net.variables, images), logits, atol=1e-5)
     missing = tmp_path / "nowhere" / "net"
     done = run_cli.in_process(f"--run={paths.root}", f"--out={missing}", module=export)
     assert done.status == 2

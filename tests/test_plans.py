@@ -2,19 +2,17 @@
 
 import json
 import shutil
-from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import layer_kinds
 import numpy as np
 import pytest
 import run_cli
 
-from lottery_flow import checkpoint, metrics, models, plans
+from lottery_flow import checkpoint, metrics, plans
 from lottery_flow.build import build
 from lottery_flow.errors import UserError
-from lottery_flow.models import layers
 from lottery_flow.sparsity import execution_choice
 from lottery_flow.sparsity import masks as masks_lib
 
@@ -126,43 +124,6 @@ def test_auto_takes_what_was_measured_and_keeps_it(tmp_path, monkeypatch):
             plans.choose(*args)
 
 
-class Layers(nn.Module):
-    """Each kind of layer: strides, paddings, groups, tokens, without a bias."""
-
-    dtype: Any = None
-    remat: bool = False
-
-    @nn.compact
-    def __call__(self, images, train=False):
-        def conv(*args, **own):
-            return layers.Conv(*args, dtype=self.dtype, **own)
-
-        def dense(*args, **own):
-            return nn.Dense(*args, dtype=self.dtype, **own)
-
-        x = nn.tanh(conv(6, (3, 3), strides=2, name="strided")(images))
-        x = nn.tanh(conv(8, (2, 3), padding="VALID", use_bias=False, name="valid")(x))
-        x = nn.tanh(conv(8, (3, 3), groups=4, name="groups")(x))
-        x = nn.tanh(conv(9, (1, 1), strides=(1, 2), name="point")(x))
-        x = layers.block(Block, self.remat)(self.dtype, name="block")(x, train)
-        x = x.reshape(len(x), -1, 9)
-        x = nn.tanh(dense(7, name="tokens")(x)).reshape(len(x), -1)
-        return dense(5, use_bias=False, name="fc")(x)
-
-
-class Block(nn.Module):
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x, train):
-        norm = nn.BatchNorm(use_running_average=not train, axis_name=None, name="norm")
-        y = layers.Conv(9, (3, 3), padding=1, dtype=self.dtype, name="conv")(norm(x))
-        return x + nn.relu(y)
-
-
-PLANNED = ["strided", "valid", "point", "block/conv", "tokens", "fc"]
-
-
 @pytest.mark.parametrize("path", ["csr", "csr_gathered"])
 @pytest.mark.parametrize(
     ("fields", "tolerance"),
@@ -170,15 +131,11 @@ PLANNED = ["strided", "valid", "point", "block/conv", "tokens", "fc"]
     ids=["float32", "remat", "bfloat16"],
 )
 def test_networks_with_plans_are_the_same_functions(path, fields, tolerance):
-    model = models.from_module(Layers(**fields), (9, 8, 3))
-    assert list(model.layers) == PLANNED
-    variables = model.init(jax.random.key(0))
-    sizes = {k: v.size for k, v in masks_lib.layers(variables["params"]).items()}
-    counts = {k: size // 4 for k, size in sizes.items() if k in PLANNED}
-    masks = masks_lib.random(jax.random.key(1), variables["params"], counts)
-    params = masks_lib.apply(masks, variables["params"])
-    plan = plans.of_masks(dict.fromkeys(PLANNED, path), masks)
-    images = jax.random.normal(jax.random.key(2), (5, 9, 8, 3))
+    model, variables, masks = layer_kinds.network(**fields)
+    params = variables["params"]
+    assert list(model.layers) == layer_kinds.PLANNED
+    plan = plans.of_masks(dict.fromkeys(model.layers, path), masks)
+    images = jax.random.normal(jax.random.key(2), (5, *layer_kinds.IMAGE))
 
     @jax.jit
     def gradient(params, plan):
@@ -191,7 +148,7 @@ def test_networks_with_plans_are_the_same_functions(path, fields, tolerance):
 
     (g, found), (wanted_g, wanted) = (gradient(params, p) for p in (plan, {}))
     program = str(jax.make_jaxpr(gradient)(params, plan))
-    assert program.count("bcsr_dot_general") >= len(PLANNED)
+    assert program.count("bcsr_dot_general") >= len(model.layers)
 
     def assert_close(a, b):
         a, b = (np.asarray(v).astype(np.float32) for v in (a, b))
