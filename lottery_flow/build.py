@@ -97,6 +97,7 @@ def build(config: ConfigDict, seed: int) -> Job:
         ),
         chunk_steps=config.train.chunk_steps,
         execution=config.train.execution,
+        storage=config.train.storage,
         skip_nonfinite=config.train.on_nonfinite == "skip",
     )
 

@@ -83,21 +83,26 @@ def methods(config: ConfigDict) -> None:
 
 
 def execution(config: ConfigDict) -> None:
-    """Raises UserError where layers cannot be computed by their active weights."""
-    how, sparsity = config.train.execution, config.sparsity
-    if how == "dense":
-        return
-    field = f"train.execution={how!r}"
-    if how != "auto" and how not in PATHS:
+    """Raises UserError where weights that are active cannot stand for the layer."""
+    how, kept = config.train.execution, config.train.storage
+    limits.known("train.storage", kept, ("masked", "compact"))
+    if how not in ("auto", *PATHS):
         options.parse("train.execution", how)
-    if sparsity.rule not in CONSERVING or sparsity.parameterization:
-        what = sparsity.parameterization or sparsity.rule
-        raise UserError(
-            f"{field} needs layers whose number of active weights stays the same, "
-            f"which {what} changes; write dense"
-        )
-    if config.model.norm_examples:
-        raise UserError(f"{field} knows no model.norm_examples; write dense")
+    for field, value, usual in (
+        ("execution", how, "dense"),
+        ("storage", kept, "masked"),
+    ):
+        if value == usual:
+            continue
+        field, sparsity = f"train.{field}={value!r}", config.sparsity
+        if sparsity.rule not in CONSERVING or sparsity.parameterization:
+            what = sparsity.parameterization or sparsity.rule
+            raise UserError(
+                f"{field} needs layers whose number of active weights stays the same, "
+                f"which {what} changes; write {usual}"
+            )
+        if config.model.norm_examples:
+            raise UserError(f"{field} knows no model.norm_examples; write {usual}")
 
 
 def tickets(config: ConfigDict) -> None:

@@ -197,6 +197,9 @@ def default() -> ConfigDict:
                 # that are sparse (csr, csr_gathered) or in those that are named:
                 # 'fc1=csr_gathered'; see plans.py.
                 "execution": "dense",
+                # How weights and slots are kept between rewires: whole (masked), or on
+                # the active positions alone (compact), which saves memory.
+                "storage": "masked",
                 # Of a running average of the weights, 0.9999 for instance, which is
                 # evaluated beside them; 0: none.
                 "ema_decay": 0.0,

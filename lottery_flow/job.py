@@ -46,7 +46,7 @@ class Job(NamedTuple):
       learning_rate: step -> rate.
       drop_fraction: step -> fraction, None where nothing is dropped.
       skip_nonfinite: an update that is not finite is skipped, see `make_steps`.
-      execution: see `plans`.
+      execution, storage: see `plans`.
       total_steps, batch_size, ...: the fields of the same names.
     """
 
@@ -84,6 +84,7 @@ class Job(NamedTuple):
     devices: Devices
     chunk_steps: int
     execution: str
+    storage: str
     skip_nonfinite: bool
 
     def make_steps(self) -> Steps:

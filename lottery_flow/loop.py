@@ -21,6 +21,7 @@ from lottery_flow.runs import Fields, RunPaths
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.state import TrainState
 from lottery_flow.stopping import Stopped
+from lottery_flow.storage import Storage
 
 _LOG = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ class Loop(NamedTuple):
     rewires: np.ndarray  # whether the update after n others rewires
     learning_rate: list[np.ndarray]
     drop_fraction: list[np.ndarray | None]
-    paths: dict[str, str]  # of linear layers, see `plans`; {}: all are dense
+    paths: dict[str, str]  # of layers, see `plans`; {}: all are dense
+    storage: Storage
     asked_to_stop: Callable[[], bool]
     failed: dict[int, UserError]  # members that diverged; they leave no more traces
 
@@ -83,11 +85,11 @@ class Loop(NamedTuple):
         done = start
         streamed = self.data.stream
         batches = None if streamed is None else streamed(start)
-        plans = self._plans(state)
+        plans, storage = self._plans(state), self.storage
         while done < job.total_steps and len(self.failed) < len(self.members):
             if self.asked_to_stop():
                 self._check(state, pending, saved)
-                self._save(state)
+                self._save(storage.unpack(state, plans))
                 raise Stopped(f"stopped after step {done}, which is saved")
             begin, end = done, self._end(done)
             rewires = bool(self.rewires[begin])
@@ -98,14 +100,17 @@ class Loop(NamedTuple):
             args = self.knobs, *examples
             before = None
             if rewires:
+                state = storage.unpack(state, plans)
                 state, measured, before = self.population.rewire(
                     state, *args, self.data.grow
                 )
                 plans = self._plans(state)
-            elif self.chunk == 1:
-                state, measured = self.population.train(state, *args, **plans)
             else:
-                state, measured = self.population.chunk(state, *args, **plans)
+                alone = self.chunk == 1
+                train = self.population.train if alone else self.population.chunk
+                own = {} if plans is None else {"plans": plans}
+                state = storage.pack(state, plans)
+                state, measured = train(state, *args, **own)
             done = end
             # One late, so that the device never waits for the host.
             self._check(state, pending, saved)
@@ -117,18 +122,22 @@ class Loop(NamedTuple):
             if saves or evaluates or rewires or done % job.log_every == 0:
                 self._check(state, pending, saved)
                 pending = None
+                state = storage.unpack(state, plans)
                 self._record(state, done, saved, measured, before, bool(evaluates))
             if saves:
                 self._save(state)
                 saved = done
         return state
 
-    def _plans(self, state) -> dict[str, Any]:
+    def _plans(self, state) -> list[Any] | None:
         """Where the active weights of each member lie, after a rewire anew."""
-        if not self.paths:
-            return {}
-        members = self.population.split(state)
-        return {"plans": [plans_lib.of_masks(self.paths, m.masks) for m in members]}
+        compact = self.storage.is_compact
+        if not self.paths and not compact:
+            return None
+        return [
+            plans_lib.of_masks(self.paths, member.masks, compact=compact)
+            for member in self.population.split(state)
+        ]
 
     def _end(self, begin: int) -> int:
         """Where the program that begins after `begin` updates ends.

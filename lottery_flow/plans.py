@@ -25,6 +25,7 @@ from lottery_flow.job import Job
 from lottery_flow.runs import write_atomically
 from lottery_flow.sparsity import execution_choice, rules
 from lottery_flow.sparsity import masks as masks_lib
+from lottery_flow.sparsity.compact import positions_of
 from lottery_flow.sparsity.execution_structure import structure_on_host
 from lottery_flow.sparsity.masks import Masks
 from lottery_flow.state import TrainState
@@ -140,12 +141,23 @@ def keep(paths: Mapping[str, str], record: Path) -> None:
         write_atomically(record, json.dumps(paths, indent=1) + "\n")
 
 
-def of_masks(paths: Mapping[str, str], masks: Masks) -> dict[str, Any]:
-    """The plans of `Model.apply`: a collection for each path, by layer name."""
+def of_masks(
+    paths: Mapping[str, str], masks: Masks, *, compact: bool = False
+) -> dict[str, Any]:
+    """The plans of `Model.apply`: a collection for each path, by layer name.
+
+    With `compact` those of a network as `storage` packs it.
+    """
     named, found = masks_lib.named_leaves(masks), {}
     for name, path in paths.items():
         if path != "dense":
             mask = np.asarray(jax.device_get(named[name]))
             matrix = mask.reshape(-1, mask.shape[-1])
             found.setdefault(path, {})[name] = structure_on_host(matrix)
+    if compact:
+        alone = found.get("csr_gathered", {})
+        positions = positions_of(jax.device_get(masks))
+        found["positions"] = {
+            k: jnp.asarray(v) for k, v in positions.items() if k not in alone
+        }
     return found

@@ -29,6 +29,7 @@ from lottery_flow import (
     restarts,
     runs,
     stopping,
+    storage,
 )
 from lottery_flow.errors import UserError
 from lottery_flow.feed import Data
@@ -133,11 +134,16 @@ def _train(
         keep = max(keep, 2)  # a kill may leave newest checkpoints an interval apart
     record = members[0].paths.execution
     paths = plans.choose(job, states[0], record)
-    if paths and (pop.mesh.size > 1 or (len(members) > 1 and not takes_turns)):
-        raise UserError(
-            f"train.execution={job.execution!r} needs members that take turns on one "
-            "device; write train.population=one_by_one, or train.execution=dense"
-        )
+    alone = pop.mesh.size == 1 and (len(members) == 1 or takes_turns)
+    for field, own, usual in (
+        ("execution", job.execution if paths else "dense", "dense"),
+        ("storage", job.storage, "masked"),
+    ):
+        if own != usual and not alone:
+            raise UserError(
+                f"train.{field}={own!r} needs members that take turns on one device; "
+                f"write train.population=one_by_one, or train.{field}={usual}"
+            )
     if parallel.is_first():
         for run, damaged in zip(members, restart.damaged, strict=True):
             runs.claim(run.paths, run.record)
@@ -171,6 +177,9 @@ def _train(
             asked_to_stop=asked_to_stop,
             failed={},
             paths=paths,
+            storage=storage.make(
+                job, [run.job.knobs for run in members], states[0].params
+            ),
             drop_fraction=[
                 None if fraction is None else table(fraction, job)
                 for fraction in (run.job.drop_fraction for run in members)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import run_cli
 
-from lottery_flow import checkpoint, metrics, plans
+from lottery_flow import checkpoint, metrics, plans, storage
 from lottery_flow.build import build
 from lottery_flow.errors import UserError
 from lottery_flow.sparsity import execution_choice
@@ -71,13 +72,60 @@ def test_it_trains_what_dense_products_do(sparse, tmp_path):
     assert all(changed)  # so that plans of the first masks would not have done
 
 
-def test_it_goes_on_with_the_same_bits_and_paths(sparse, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    own = {"train__storage": "compact", "train__execution": SPARSE}
+    return start(tmp_path_factory.mktemp("packed"), **own, train__ema_decay=0.9)
+
+
+def test_storing_active_weights_alone_changes_nothing(sparse, packed):
+    mine, theirs = (metrics.read(r / "metrics.jsonl") for r in (packed, sparse))
+    for a, b in zip(mine, theirs, strict=True):
+        for k, v in b.items():
+            assert a[k] == (v and pytest.approx(v, rel=1e-4, abs=1e-6)), k
+    for step in (0, -1):
+        mine, theirs = network(packed, step), network(sparse, step)
+        for a, b in zip(*map(jax.tree.leaves, (mine.masks, theirs.masks)), strict=True):
+            np.testing.assert_array_equal(a, b)
+        weights = mine.params, theirs.params
+        for a, b in zip(*map(jax.tree.leaves, weights), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_states_are_smaller_and_come_back():
+    job = build(run_cli.small_config(train__storage="compact"), 0)
+    create = partial(job.create, job.make_network())
+    state = create(job.rewire_key, job.step_key, job.knobs)
+    held = storage.make(job, [job.knobs], state.params)
+    for paths in ({}, {"fc1": "csr_gathered", "fc2": "csr"}):
+        plan = [plans.of_masks(paths, state.masks, compact=True)]
+        (small,) = held.pack([state], plan)
+        sizes = [
+            sum(v.nbytes for v in jax.tree.leaves(s.params)) for s in (state, small)
+        ]
+        assert sizes[1] < 0.3 * sizes[0]
+        assert held.pack([small], plan)[0] is small
+        (again,) = held.unpack([small], plan)
+        assert held.unpack([again], plan)[0] is again
+        assert jax.tree.structure(again) == jax.tree.structure(state)
+        for a, b in zip(*map(jax.tree.leaves, (again, state)), strict=True):
+            assert a.dtype == b.dtype
+            if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+                np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "packed"])
+def test_it_goes_on_with_the_same_bits_and_paths(kind, request, tmp_path, monkeypatch):
+    sparse = request.getfixturevalue(kind)
+    own = {"train__execution": SPARSE}
+    if kind == "packed":
+        own |= {"train__storage": "compact", "train__ema_decay": 0.9}
     monkeypatch.setattr(execution_choice, "measure", pytest.fail)
     run = tmp_path / sparse.parent.name / sparse.name
     shutil.copytree(sparse, run)
     (run / "DONE").unlink()
     shutil.rmtree(run / "checkpoints" / "12")
-    assert start(tmp_path, train__execution=SPARSE) == run
+    assert start(tmp_path, **own) == run
     for a, b in zip(
         jax.tree.leaves(network(sparse)), jax.tree.leaves(network(run)), strict=True
     ):
@@ -174,6 +222,7 @@ def test_networks_with_plans_are_the_same_functions(path, fields, tolerance):
         ),
         ({"sparsity__rule": "snfs"}, r"which snfs changes; write dense"),
         ({"sparsity__parameterization": "dnw"}, r"which dnw changes; write dense"),
+        ({"train__storage": "small"}, r"train\.storage='small' is unknown; give one"),
         ({"train__execution": "sparse"}, r"train\.execution='sparse': write name="),
     ],
 )
@@ -199,6 +248,14 @@ def test_wrong_choices_get_one_sentence(fields, message):
                 "train__population": "together",
             },
             "needs members that take turns",
+        ),
+        (
+            {
+                "train__storage": "compact",
+                "train__seeds": "(0,1)",
+                "train__population": "together",
+            },
+            "train.storage='compact' needs members that take turns",
         ),
     ],
 )

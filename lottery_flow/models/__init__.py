@@ -30,6 +30,7 @@ from lottery_flow.models.resnet import (
 from lottery_flow.models.vgg import vgg16, vgg16_bn
 from lottery_flow.models.vit import ViT
 from lottery_flow.models.wide_resnet import wrn16_4, wrn22_2
+from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.sparsity.execution_choice import Layer
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -74,7 +75,8 @@ class Model(NamedTuple):
       init: `(key) -> variables`, a dict with `params` and, with norms, `batch_stats`.
       apply: `(params, batch_stats, images, train, key, plans) -> (logits, batch_stats)`
         for float images [b h w c]; `key` feeds dropout, where the module has it;
-        `plans` are those of `execution.intercept`, {} or left out without any.
+        `plans` are those of `execution.intercept` and `execution.expanded`, {} or
+        left out without any.
       layers: those that can have a plan, by name in the order of the computation.
       positions: output positions of each layer for one image: the product of the
         spatial dimensions of its output, 1 for dense layers.
@@ -121,8 +123,12 @@ def from_module(module: nn.Module, image_shape: tuple[int, int, int]) -> Model:
     def init(key):
         return module.init(key, jnp.zeros(example.shape, example.dtype), train=False)
 
+    variables = jax.eval_shape(init, jax.random.key(0))
+    shapes = {k: v.shape for k, v in masks_lib.layers(variables["params"]).items()}
+
     def apply(params, batch_stats, images, train, key=None, plans=None):
         if plans:
+            params = execution.expanded(params, plans, shapes)
             with execution.intercept(plans):
                 return apply(params, batch_stats, images, train, key)
         variables = {"params": params, "batch_stats": batch_stats}

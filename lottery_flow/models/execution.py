@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from lottery_flow.models import layers
+from lottery_flow.sparsity import compact
 from lottery_flow.sparsity.execution import Compressed, linear
 from lottery_flow.sparsity.execution_choice import GRAD_OF, Layer
 
@@ -60,7 +61,12 @@ def intercept(plans: Mapping[str, Mapping[str, Any]]) -> AbstractContextManager:
         `Structure`; or as "compressed" its `Compressed` kernel, and then the network
         needs none among its parameters.
     """
-    named = {k: (path, plan) for path, own in plans.items() for k, plan in own.items()}
+    named = {
+        k: (path, plan)
+        for path, own in plans.items()
+        for k, plan in own.items()
+        if path != "positions"
+    }
 
     def call(proceed, args, kwargs, context):
         found = named.get("/".join(context.module.path))
@@ -69,6 +75,18 @@ def intercept(plans: Mapping[str, Mapping[str, Any]]) -> AbstractContextManager:
         return _planned(context.module, args[0], *found)
 
     return nn.intercept_methods(call)
+
+
+def expanded(params: Any, plans: Mapping[str, Any], shapes: Mapping[str, Any]) -> Any:
+    """The parameters as modules want them: kernels whole, where `positions` are given.
+
+    Args:
+      params: kernels may be columns of their active weights, see `sparsity.compact`.
+      plans: as "positions" those of such kernels, by layer; others have a plan that
+        takes them as they are.
+      shapes: of all kernels, by layer.
+    """
+    return compact.unpack(params, plans.get("positions", {}), shapes)
 
 
 def layers_of(module: nn.Module, example: jax.ShapeDtypeStruct) -> dict[str, Layer]:

@@ -62,7 +62,7 @@ def compress(kernel, mask) -> Compressed:
 
 def linear(
     x: Float[Array, "... features"],
-    kernel: Float[Array, "i o"] | Compressed,
+    kernel: Float[Array, "n m"] | Compressed,
     plan: Structure | None,
     *,
     grad: str = "dense",
@@ -71,8 +71,10 @@ def linear(
 
     Args:
       x: [..., in], any number of leading dimensions.
-      kernel: of the dtype of x. Inactive entries are not read. Compressed, it has no
-        plan, no derivatives, and cannot tell whether the features of x are its inputs.
+      kernel: [in, out], of the dtype of x. Inactive entries are not read. It may be its active
+        weights alone, [n, 1] as in `compact`; the gradient is, then, too. Compressed,
+        it has no plan, no derivatives, and cannot tell whether the features of x are
+        its inputs.
       plan: where weights are active; None for the dense product, which reads all.
       grad: of the kernel. "dense" is that of the dense product, for rules that grow
         weights by it; "active" costs by the active weights as well.
@@ -105,13 +107,18 @@ def linear(
         raise ValueError(
             f"x has {x.shape[-1]} features, the plan {sizes[0]}; give those"
         )
-    if sizes != kernel.shape:
+    if kernel.shape == (plan.positions.size, 1):
+        if grad == "dense" and sizes != kernel.shape:
+            raise ValueError(
+                "active weights alone have no dense gradient; give grad='active'"
+            )
+    elif sizes != kernel.shape:
         raise ValueError(
             f"plan is for kernels of shape {sizes}, not {kernel.shape}; build it from "
             "this layer's mask"
         )
     y = _linear(x.reshape(-1, x.shape[-1]), kernel, plan, grad)
-    return y.reshape(*x.shape[:-1], kernel.shape[1])
+    return y.reshape(*x.shape[:-1], sizes[1])
 
 
 def _compressed_product(x, kernel: Compressed):
@@ -123,6 +130,7 @@ def _compressed_product(x, kernel: Compressed):
 
 def _linear(x, kernel, plan, grad):
     """x [batch, in] @ kernel, with its own backward pass."""
+    is_compact = kernel.shape == (plan.positions.size, 1)
 
     @jax.custom_vjp
     def product(x, kernel, plan):
@@ -131,7 +139,8 @@ def _linear(x, kernel, plan, grad):
     def forward(x, kernel, plan):
         # In this order in memory, or each of its readers would turn it for itself.
         x_t = with_layout_constraint(_wide(x).T, Layout((0, 1)))
-        values = _wide(_take(kernel.reshape(-1), plan.positions))
+        values = kernel.reshape(-1)
+        values = _wide(values if is_compact else _take(values, plan.positions))
         by_output = _take(values, plan.order)
         y_t = _csr_product(by_output, plan.inputs_by_output, plan.output_starts, x_t)
         return y_t.T.astype(x.dtype), (x_t, values, plan)
@@ -144,11 +153,13 @@ def _linear(x, kernel, plan, grad):
             d_kernel = x_t @ dy_t.T
         else:
             d_values = _sampled_product(x_t, dy_t, plan.inputs, plan.outputs)
-            d_kernel = jnp.zeros(kernel.size, d_values.dtype)
-            d_kernel = d_kernel.at[plan.positions].set(
-                d_values, mode="drop", indices_are_sorted=True
-            )
-            d_kernel = d_kernel.reshape(kernel.shape)
+            d_kernel = d_values[:, None]
+            if not is_compact:
+                d_kernel = jnp.zeros(kernel.size, d_values.dtype)
+                d_kernel = d_kernel.at[plan.positions].set(
+                    d_values, mode="drop", indices_are_sorted=True
+                )
+                d_kernel = d_kernel.reshape(kernel.shape)
         return dx_t.T.astype(dy.dtype), d_kernel.astype(kernel.dtype), None
 
     product.defvjp(forward, backward)
