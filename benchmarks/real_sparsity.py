@@ -1,81 +1,59 @@
 """Does sparsity save time here? Compressed rows over the masked dense products.
 
 taskset -c 0 python -m benchmarks.real_sparsity curves     # layers, by sparsity
-taskset -c 0 python -m benchmarks.real_sparsity steps      # whole training steps
+taskset -c 0 python -m benchmarks.real_sparsity steps      # training steps of the MLP
+taskset -c 0 python -m benchmarks.real_sparsity networks   # of LeNet-5, WRN, ResNet-50
+taskset -c 0 python -m benchmarks.real_sparsity inference  # exported networks
+taskset -c 0 python -m benchmarks.real_sparsity memory     # of ResNet-50 in training
 taskset -c 0 python -m benchmarks.real_sparsity run --data_dir=DIR     # RigL on MNIST
 
 Tables and the figure of the curves go to `--out`, by default `benchmarks/results`.
 """
 
 import argparse
-import functools
-import itertools
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-
-from benchmarks.measure import Ratio, clock, compare
+from benchmarks import sparse_layers, sparse_memory, sparse_networks, sparse_steps
+from benchmarks.measure import Ratio
 from benchmarks.run import about, write
 from lottery_flow import allocator
-from lottery_flow.data import find
-from lottery_flow.data.arrays import Arrays
-from lottery_flow.sparsity import distributions, execution, rules, schedules
-from lottery_flow.sparsity import execution_choice as choice
-from lottery_flow.sparsity import masks as masks_lib
-from lottery_flow.sparsity.execution_structure import Structure, structure_on_host
-from lottery_flow.sparsity.transform import sparsify
 
-SHAPES = ((784, 300), (300, 100), (1024, 1024))
-BATCHES = (16, 128, 512)
-SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
-# Target of a step over the masked dense one, by widths and sparsity.
-TARGETS = {
-    (784, 300, 100, 10): {0.9: 0.70, 0.95: 0.55, 0.98: 0.40},
-    (784, 1024, 1024, 10): {0.9: None, 0.95: 0.45, 0.98: 0.37},
+PARTS = {
+    "curves": sparse_layers.curves,
+    "steps": sparse_steps.steps,
+    "networks": sparse_networks.networks,
+    "inference": sparse_networks.inference,
 }
-RATE, MOMENTUM, BATCH = 0.05, 0.9, 128
-EVERY, FRACTION = 100, 0.3  # of RigL's rewires
-
-
-class Net(NamedTuple):
-    """A network ready to train, and what its steps need.
-
-    Attributes:
-      params: masked, named as in `models.mlp`.
-      state: SparseState of `tx`.
-      tx: sparsify around momentum, under RigL.
-      n_active: of the masked layers.
-    """
-
-    params: Any
-    state: Any
-    tx: optax.GradientTransformationExtraArgs
-    n_active: dict[str, int]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=("curves", "steps", "run"))
+    parser.add_argument("part", choices=(*PARTS, "run", "memory"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--data_dir", default="", help="of TFDS, for MNIST")
     parser.add_argument("--n_steps", type=int, default=1000, help="of the run")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each way")
     args = parser.parse_args()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("lottery_flow").setLevel(logging.INFO)
     allocator.keep_freed_memory()  # as main.py does
     header = about("benchmarks.real_sparsity")
     print("\n".join(header), flush=True)
+    if args.part == "memory":
+        table = sparse_memory.memory().to_csv(index=False)
+        path = args.out / "real_sparsity_memory.csv"
+        path.write_text("\n".join([*header, table]))
+        return
     if args.part == "run":
-        rows = list(whole_run(args.data_dir, args.n_steps))
+        rows = list(sparse_steps.whole_run(args.data_dir, args.n_steps))
     else:
-        rows = list(_shown({"curves": curves, "steps": steps}[args.part](args.rounds)))
+        rows = list(_shown(PARTS[args.part](args.rounds)))
     write(args.out / f"real_sparsity_{args.part}.csv", header, rows)
     if args.part == "curves":
-        plot(rows).savefig(args.out / "real_sparsity_curves.png", dpi=150)
+        figure = sparse_layers.plot(rows)
+        figure.savefig(args.out / "real_sparsity_curves.png", dpi=150)
 
 
 def _shown(rows: Iterator[Ratio]) -> Iterator[Ratio]:
@@ -84,331 +62,6 @@ def _shown(rows: Iterator[Ratio]) -> Iterator[Ratio]:
         aim = "" if r.target is None else f"   target {r.target:.2f}"
         print(f"{r.name:<66}{numbers}  {r.milliseconds:.3f} ms{aim}", flush=True)
         yield r
-
-
-# Layers
-
-
-def curves(rounds: int) -> Iterator[Ratio]:
-    """One layer on its own: forward, and forward with both gradients."""
-    for shape in SHAPES:
-        for batch in BATCHES:
-            yield from _layer(shape, batch, rounds)
-
-
-def _layer(shape, batch, rounds):
-    """Every sparsity and path of one layer over its dense products.
-
-    The compressed rows get and give activations as they lie between two such layers,
-    with the batch innermost; the dense product with the features innermost.
-    """
-    rng = np.random.default_rng(0)
-    sizes = (batch, shape[0]), (batch, shape[1]), shape
-    x, dy, kernel = (jnp.asarray(rng.normal(size=s), "float32") for s in sizes)
-    label = f"{shape[0]}x{shape[1]}, batch {batch}"
-
-    def forward(x, kernel, plan, dy, grad):
-        y = execution.linear(_turn(x, plan), kernel, plan, grad=grad)
-        return _turn(y, plan)
-
-    def both(x, kernel, plan, dy, grad):
-        y, pull = jax.vjp(lambda x, k: forward(x, k, plan, dy, grad), x, kernel)
-        return y, pull(dy)
-
-    groups: dict[str, dict[str, Callable]] = {"forward": {}, "forward + backward": {}}
-    for sparsity in (None, *SPARSITIES):
-        plan, amount = None, "dense"
-        if sparsity is not None:
-            amount = f"{100 * sparsity:g} %"
-            mask = np.zeros(shape[0] * shape[1], bool)
-            n_active = round((1 - sparsity) * mask.size)
-            mask[rng.choice(mask.size, n_active, replace=False)] = True
-            plan = structure_on_host(mask.reshape(shape))
-        args = _turn(x, plan), kernel, plan, _turn(dy, plan)
-        for group, fn in (("forward", forward), ("forward + backward", both)):
-            for grad in execution.GRADS:
-                if grad == "active" and (plan is None or fn is forward):
-                    continue
-                name = f"{label}: {group}, {amount}"
-                name += f", {grad} gradient" if plan and fn is both else ""
-                compiled = jax.jit(functools.partial(fn, grad=grad)).lower(*args)
-                groups[group][name] = _repeat(compiled.compile(), args)
-    for group, ways in groups.items():
-        reference = f"{label}: {group}, dense"
-        yield from compare(ways, reference, rounds=rounds, seconds=0.02)
-
-
-def _turn(x, plan):
-    """The transpose where there is a plan."""
-    return x if plan is None else x.T
-
-
-def _repeat(compiled, args):
-    def way(n):
-        result = None
-        for _ in range(n):
-            result = compiled(*args)
-        jax.block_until_ready(result)
-
-    return way
-
-
-def plot(rows: list[Ratio]):
-    """Ratios against sparsity: panels by shape and batch."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed; before pyplot is imported
-    from matplotlib import pyplot as plt
-
-    size = len(SHAPES), len(BATCHES)
-    figure, axes = plt.subplots(*size, figsize=(10, 8), sharex=True, sharey=True)
-    series = {
-        "forward": ("forward", ""),
-        "forward + backward": (
-            "forward + backward, dense gradient",
-            ", dense gradient",
-        ),
-        "gathered": ("forward + backward, active gradient", ", active gradient"),
-    }
-    by_name = {r.name: r for r in rows}
-    positions = [str(round(100 * s)) for s in SPARSITIES]
-    for i, shape in enumerate(SHAPES):
-        for j, batch in enumerate(BATCHES):
-            ax = axes[i][j]
-            for group, (label, suffix) in series.items():
-                kind = "forward" if group == "forward" else "forward + backward"
-                panel = f"{shape[0]}x{shape[1]}, batch {batch}: {kind}"
-                names = [f"{panel}, {100 * s:g} %{suffix}" for s in SPARSITIES]
-                found = [by_name[n] for n in names]
-                ax.plot(positions, [r.ratio for r in found], marker="o", label=label)
-                low, high = ([getattr(r, q) for r in found] for q in ("low", "high"))
-                ax.fill_between(positions, low, high, alpha=0.2)
-            ax.axhline(1.0, color="black", linewidth=0.8)
-            ax.set_yscale("log")
-            ax.set_title(f"{shape[0]} x {shape[1]}, batch {batch}", fontsize=9)
-            ax.grid(alpha=0.3, which="both")
-    for ax in axes[-1]:
-        ax.set_xlabel("sparsity (%)")
-    for row in axes:
-        row[0].set_ylabel("time / dense time")
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
-    return figure
-
-
-# Whole steps
-
-
-def steps(rounds: int) -> Iterator[Ratio]:
-    """Steps of masked momentum, all in the same process, over the masked dense one."""
-    rng = np.random.default_rng(0)
-    for widths, targets in TARGETS.items():
-        images = rng.normal(size=(BATCH, widths[0])).astype(np.float32)
-        labels = rng.integers(0, widths[-1], BATCH, dtype=np.int32)
-        batch = jnp.asarray(images), jnp.asarray(labels)
-        for sparsity, target in targets.items():
-            net = start(widths, sparsity)
-            paths = choose(net, widths)
-            every = {k: "csr" for k in net.n_active}
-            gathered = dict.fromkeys(net.n_active, "csr_gathered")
-            label = f"{'-'.join(map(str, widths))}, {100 * sparsity:g} %"
-            ways: dict[str, Callable] = {
-                f"{label}: masked dense": _Training(net, {}, batch),
-                f"{label}: chosen": _Training(net, paths, batch),
-                f"{label}: dense gradient": _Training(net, every, batch),
-                f"{label}: active gradient": _Training(net, gathered, batch),
-            }
-            _check_equal(ways, label)
-            aims = {} if target is None else {f"{label}: chosen": target}
-            found = compare(
-                ways, f"{label}: masked dense", targets=aims, rounds=rounds, seconds=0.1
-            )
-            yield from found
-
-
-def start(widths, sparsity, seed: int = 0) -> Net:
-    """A multi-layer perceptron, masked by Erdos-Renyi, and its optimizer."""
-    key = jax.random.key(seed)
-    params = {}
-    for n, (i, o) in enumerate(itertools.pairwise(widths), start=1):
-        draw = jax.random.normal(jax.random.fold_in(key, n), (i, o))
-        params[f"fc{n}"] = {"kernel": draw * (2 / i) ** 0.5, "bias": jnp.zeros(o)}
-    shapes = {k: v.shape for k, v in masks_lib.layers(params).items()}
-    n_active = distributions.erdos_renyi_kernel(shapes, sparsity)
-    masks = masks_lib.random(key, params, n_active)
-    rule = rules.rigl(schedules.every(EVERY), schedules.constant(FRACTION))
-    tx = sparsify(optax.sgd(RATE, momentum=MOMENTUM), masks, rule, key=key)
-    params = masks_lib.apply(masks, params)
-    masked = {k: int(m.sum()) for k, m in named_masks(masks).items()}
-    return Net(params, tx.init(params), tx, masked)
-
-
-def named_masks(masks) -> dict[str, Any]:
-    """The masks of the sparse layers, by name."""
-    named = masks_lib.named_leaves(masks).items()
-    return {k: m for k, m in named if m is not None}
-
-
-def choose(net: Net, widths) -> dict[str, str]:
-    """The measured paths, printed."""
-    layers = {
-        f"fc{n}": choice.Layer(execution.linear, pair, pair[:1])
-        for n, pair in enumerate(itertools.pairwise(widths), start=1)
-    }
-    paths = choice.choose(layers, net.n_active, BATCH, without_dx=("fc1",))
-    lines = choice.table(layers, net.n_active, BATCH, paths, without_dx=("fc1",))
-    print(lines, flush=True)
-    return paths
-
-
-def plans_of(masks, paths) -> dict[str, Structure]:
-    """Structures of the layers whose path is not dense."""
-    return {
-        name: structure_on_host(mask)
-        for name, mask in named_masks(masks).items()
-        if paths.get(name, "dense") != "dense"
-    }
-
-
-def apply(params, x, plans, paths):
-    """Logits. A layer without a plan takes the dense product."""
-    for n, (name, layer) in enumerate(params.items(), start=1):
-        grad = choice.GRAD_OF[paths.get(name, "dense")]
-        y = execution.linear(x, layer["kernel"], plans.get(name), grad=grad)
-        x = y + layer["bias"].reshape(1, -1)
-        if n < len(params):
-            x = jax.nn.relu(x)
-    return x
-
-
-def make_step(tx, paths, rewire: bool) -> Callable:
-    """One compiled update; a rewire needs the dense gradients, as `csr` gives them."""
-    if rewire:
-        paths = {k: "csr" if p == "csr_gathered" else p for k, p in paths.items()}
-
-    def step(carry, plans, images, labels):
-        params, state = carry
-
-        def loss_fn(params):
-            logits = apply(params, images, plans, paths)
-            return optax.softmax_cross_entropy_with_integer_labels(
-                logits, labels
-            ).mean()
-
-        loss, grads = jax.value_and_grad(loss_fn)(params)
-        updates, state = tx.update(grads, state, params, rewire=rewire)
-        return (optax.apply_updates(params, updates), state), loss
-
-    return jax.jit(step, donate_argnums=0)
-
-
-class _Training:
-    """A step called again and again on the state that it returned."""
-
-    def __init__(self, net: Net, paths, batch):
-        self.carry = _copy((net.params, net.state))
-        self.plans = plans_of(net.state.masks, paths)
-        self.step, self.batch = make_step(net.tx, paths, rewire=False), batch
-
-    def __call__(self, n: int) -> None:
-        loss = None
-        for _ in range(n):
-            self.carry, loss = self.step(self.carry, self.plans, *self.batch)
-        jax.block_until_ready((self.carry[0], loss))
-
-
-def _copy(tree):
-    """Buffers of its own, to be donated."""
-
-    def own(leaf):
-        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return jax.random.clone(leaf) if is_key else jnp.copy(leaf)
-
-    return jax.tree.map(own, tree)
-
-
-def _check_equal(ways, label) -> None:
-    """One step of each gives the same weights."""
-    for way in ways.values():
-        way(1)
-    reference, *others = (way.carry[0] for way in ways.values())
-    for other in others:
-        for a, b in zip(*map(jax.tree.leaves, (reference, other)), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6, err_msg=label)
-
-
-# A run
-
-
-def whole_run(data_dir: str, n_steps: int) -> Iterator[Ratio]:
-    """RigL on MNIST with rewires, sparse and masked dense by turns of 100 steps.
-
-    The structures are built anew after each rewire; that is part of the time.
-    """
-    widths, sparsity = (784, 1024, 1024, 10), 0.98
-    arrays = find("mnist", data_dir).load(data_dir)
-    if not isinstance(arrays, Arrays):
-        raise TypeError("MNIST is no longer read as arrays")
-    images = arrays.train_images.reshape(-1, 784)
-    test = jnp.asarray(arrays.test_images.reshape(-1, 784), jnp.float32) / 255
-    net = start(widths, sparsity)
-    ways = {"masked dense": {}, "sparse": choose(net, widths)}
-    order = np.random.default_rng(0).permutation(len(images))
-
-    def batches(first):
-        for step in range(first, min(first + EVERY, n_steps)):
-            start = step * BATCH % (len(images) - BATCH)
-            rows = order[start : start + BATCH]
-            yield images[rows].astype(np.float32) / 255, arrays.train_labels[rows]
-
-    programs = {
-        name: {r: make_step(net.tx, paths, r) for r in (False, True)}
-        for name, paths in ways.items()
-    }
-    carries = {name: _copy((net.params, net.state)) for name in ways}
-    for name, paths in ways.items():  # compiles
-        for step in programs[name].values():
-            plans = plans_of(net.state.masks, paths)
-            jax.block_until_ready(step(_copy(carries[name]), plans, *next(batches(0))))
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    building = 0.0
-    for first in range(0, n_steps, EVERY):
-        for name, paths in ways.items():
-            begin, carry = clock(), carries[name]
-            plans = plans_of(carry[1].masks, paths)
-            building += (clock() - begin) * (name == "sparse")
-            for i, batch in enumerate(batches(first), start=1):
-                # The last of each hundred rewires, the very last of the run does not.
-                rewire = i == EVERY and first + EVERY < n_steps
-                carry, _loss = programs[name][rewire](carry, plans, *batch)
-            jax.block_until_ready(carry[0])
-            times[name].append(clock() - begin)
-            carries[name] = carry
-        print(first + EVERY, {k: round(v[-1], 3) for k, v in times.items()}, flush=True)
-    for name, (params, state) in carries.items():
-        logits = apply(params, test, {}, {})
-        accuracy = float(jnp.mean(jnp.argmax(logits, -1) == arrays.test_labels))
-        n_active = [int(m.sum()) for m in named_masks(state.masks).values()]
-        print(
-            f"{name}: {sum(times[name]):.2f} s, test accuracy {accuracy:.4f}, "
-            f"active {n_active}",
-            flush=True,
-        )
-    same = [
-        float(jnp.mean(a == b))
-        for a, b in zip(
-            *(named_masks(carries[n][1].masks).values() for n in ways), strict=True
-        )
-    ]
-    print(f"structures: {building:.2f} s; masks agree at {same} of the positions")
-    sums = {name: sum(own) for name, own in times.items()}
-    ratios = np.array(times["sparse"]) / np.array(times["masked dense"])
-    low, high = np.quantile(ratios, (0.25, 0.75))
-    total = sums["sparse"] / sums["masked dense"]
-    per_step = [1e3 * sums[k] / n_steps for k in ("sparse", "masked dense")]
-    label = f"RigL, {'-'.join(map(str, widths))}, 98 %, {n_steps} steps"
-    yield Ratio(label, "masked dense", total, float(low), float(high), *per_step)
-    print(f"{label}: {total:.3f} of the time", flush=True)
 
 
 if __name__ == "__main__":

@@ -71,10 +71,10 @@ def linear(
 
     Args:
       x: [..., in], any number of leading dimensions.
-      kernel: [in, out], of the dtype of x. Inactive entries are not read. It may be its active
-        weights alone, [n, 1] as in `compact`; the gradient is, then, too. Compressed,
-        it has no plan, no derivatives, and cannot tell whether the features of x are
-        its inputs.
+      kernel: [in, out], of the dtype of x. Inactive entries are not read. It may be
+        its active weights alone, [n, 1] as in `compact`; the gradient is, then, too.
+        Compressed, it has no plan, no derivatives, and cannot tell whether the features
+        of x are its inputs.
       plan: where weights are active; None for the dense product, which reads all.
       grad: of the kernel. "dense" is that of the dense product, for rules that grow
         weights by it; "active" costs by the active weights as well.

@@ -1,0 +1,117 @@
+"""Training steps and exported networks, sparse over masked dense."""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.measure import Ratio, compare
+from lottery_flow import config as config_lib
+from lottery_flow import inference as inference_lib
+from lottery_flow import plans, storage
+from lottery_flow.build import build
+
+# Name, side of the images (digits at 28), batch.
+NETWORKS = (("lenet5", 28, 128), ("wrn22_2", 32, 32), ("resnet50", 128, 8))
+INFERENCE = (("mlp", 28), ("lenet5", 28), ("resnet50", 224))
+SPARSITIES = (0.5, 0.9, 0.95, 0.98)
+
+
+def setting(name: str, side: int, batch: int, sparsity: float, **train: Any):
+    """The job of RigL on a network, and its state before the first step."""
+    config = config_lib.default()
+    data = "digits" if side == 28 else "synthetic"
+    own = {
+        "model.name": name,
+        "data.name": data,
+        "data.image_size": 0 if data == "digits" else side,
+        "sparsity.rule": "rigl",
+        "sparsity.sparsity": sparsity,
+        "sparsity.distribution": "erdos_renyi_kernel",
+        "train.batch_size": batch,
+    }
+    own |= {f"train.{k}": v for k, v in train.items()}
+    config.update_from_flattened_dict(own)
+    job = build(config, 0)
+    create = jax.jit(job.create)
+    return job, create(job.make_network(), job.rewire_key, job.step_key, job.knobs)
+
+
+def batch_of(job) -> dict[str, Any]:
+    """Random images: what is timed does not depend on what they show."""
+    rng, shape = np.random.default_rng(0), (job.batch_size, *job.spec.image_shape)
+    images = rng.integers(0, 256, shape, np.uint8)
+    labels = rng.integers(0, job.spec.n_classes, job.batch_size, np.int32)
+    return {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
+
+
+def networks(rounds: int) -> Iterator[Ratio]:
+    """Steps between rewires: what `train.execution=auto` takes over masked dense."""
+    for name, side, batch in NETWORKS:
+        for sparsity in SPARSITIES:
+            job, state = setting(name, side, batch, sparsity, execution="auto")
+            paths = plans.choose(job, state, Path("no record"))
+            compact = job._replace(storage="compact")
+            kept = storage.make(compact, [job.knobs], state.params)
+            train, label = jax.jit(job.make_steps().train), f"{name}, {side} px"
+            label += f", batch {batch}, {100 * sparsity:g} %"
+            data = batch_of(job)
+            plan = plans.of_masks(paths, state.masks)
+            small_plan = plans.of_masks(paths, state.masks, compact=True)
+            (small,) = kept.pack([state], [small_plan])
+            ways = {
+                f"{label}: masked dense": (state, {}),
+                f"{label}: chosen": (state, plan),
+                f"{label}: chosen, compact": (small, small_plan),
+            }
+            calls = {
+                k: _calls(train, own, job.knobs, data, None, p)
+                for k, (own, p) in ways.items()
+            }
+            aims = {f"{label}: chosen": 1.03} if sparsity == 0.5 else {}
+            yield from compare(
+                calls, f"{label}: masked dense", targets=aims, rounds=rounds
+            )
+
+
+def inference(rounds: int) -> Iterator[Ratio]:
+    """Exported networks: the latency of a batch, chosen over dense."""
+    for name, side in INFERENCE:
+        for sparsity in SPARSITIES[1:]:
+            job, state = setting(name, side, 8, sparsity)
+            spec = job.spec
+            make = functools.partial(
+                inference_lib.make,
+                *(job.model, state.params, state.masks, state.batch_stats),
+                image_shape=spec.image_shape,
+                mean=spec.mean,
+                std=spec.std,
+            )
+            for batch in (1, 16, 128):
+                label = f"{name}, {side} px, batch {batch}, {100 * sparsity:g} %"
+                images = batch_of(job._replace(batch_size=batch))["image"]
+                nets = {
+                    f"{label}: dense": make(execution="dense"),
+                    f"{label}: chosen": make(batch_size=batch),
+                }
+                ways = {
+                    k: _calls(net.apply, net.variables, images)
+                    for k, net in nets.items()
+                }
+                yield from compare(ways, f"{label}: dense", rounds=rounds)
+
+
+def _calls(fn, *args):
+    """A way for `compare`: the same call again and again, which consumes nothing."""
+
+    def way(n):
+        result = None
+        for _ in range(n):
+            result = fn(*args)
+        jax.block_until_ready(result)
+
+    return way
