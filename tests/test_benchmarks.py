@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import run_cli
 
-from benchmarks import cases, measure, networks, pipeline
+from benchmarks import cases, measure, networks, pipeline, sparse_layers
 from lottery_flow.data import images
 
 
@@ -110,3 +110,31 @@ def test_rates_are_of_the_longer_stream_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(pipeline, "_processor_seconds", lambda: next(now))
     found = pipeline.images_per_second(dataset, 0, batch_size=2, n_batches=3)
     assert found == 2.0
+
+
+def test_curves_of_layers_compare_the_same_products(monkeypatch):
+    panels = [
+        sparse_layers._dense(8, 6, 4),
+        sparse_layers._conv(3, 2, 3, 5, 2),
+        sparse_layers._conv(1, 2, 3, 5, 2, "patches"),
+    ]
+    monkeypatch.setattr(sparse_layers, "PANELS", panels)
+    monkeypatch.setattr(sparse_layers, "SPARSITIES", (0.5,))
+    results = {}
+
+    def compare(ways, reference, **_):
+        results.update({k: np.asarray(way(1)) for k, way in ways.items()})
+        return [measure.Ratio(k, reference, 1.0, 1.0, 1.0, 1.0, 1.0) for k in ways]
+
+    def once(compiled, args):
+        return lambda n: sum(leaf.size for leaf in jax.tree.leaves(compiled(*args)))
+
+    monkeypatch.setattr(sparse_layers, "compare", compare)
+    monkeypatch.setattr(sparse_layers, "_repeat", once)
+    rows = list(sparse_layers.curves(1))
+    assert len(rows) == 3 * (2 + 3)
+    for title, *_ in panels:  # as many numbers, whatever the way
+        own = {k: int(n) for k, n in results.items() if k.startswith(title)}
+        for group in (sparse_layers.FORWARD, sparse_layers.BOTH):
+            assert len({n for k, n in own.items() if f": {group}, " in k}) == 1
+    assert len(sparse_layers.plot(rows).axes) == 3
