@@ -132,7 +132,7 @@ def plot(rows: list[Ratio]):
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(
-        len(PANELS) // 3, 3, figsize=(10, 12), sharex=True, sharey=True
+        len(PANELS) // 3, 3, figsize=(10, 12), sharex=True, sharey=True, squeeze=False
     )
     series = {
         "forward": (FORWARD, ""),
