@@ -1,8 +1,7 @@
 """Does sparsity save time here? Compressed rows over the masked dense products.
 
 taskset -c 0 python -m benchmarks.real_sparsity curves     # layers, by sparsity
-taskset -c 0 python -m benchmarks.real_sparsity steps      # training steps of the MLP
-taskset -c 0 python -m benchmarks.real_sparsity networks   # of LeNet-5, WRN, ResNet-50
+taskset -c 0 python -m benchmarks.real_sparsity steps      # of training, by network
 taskset -c 0 python -m benchmarks.real_sparsity inference  # exported networks
 taskset -c 0 python -m benchmarks.real_sparsity memory     # of ResNet-50 in training
 taskset -c 0 python -m benchmarks.real_sparsity run --data_dir=DIR     # RigL on MNIST
@@ -15,15 +14,14 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import sparse_layers, sparse_memory, sparse_networks, sparse_steps
+from benchmarks import sparse_layers, sparse_memory, sparse_networks, sparse_run
 from benchmarks.measure import Ratio
 from benchmarks.run import about, write
 from lottery_flow import allocator
 
 PARTS = {
     "curves": sparse_layers.curves,
-    "steps": sparse_steps.steps,
-    "networks": sparse_networks.networks,
+    "steps": sparse_networks.steps,
     "inference": sparse_networks.inference,
 }
 
@@ -47,7 +45,7 @@ def main() -> None:
         path.write_text("\n".join([*header, table]))
         return
     if args.part == "run":
-        rows = list(sparse_steps.whole_run(args.data_dir, args.n_steps))
+        rows = list(sparse_run.whole_run(args.data_dir, args.n_steps))
     else:
         rows = list(_shown(PARTS[args.part](args.rounds)))
     write(args.out / f"real_sparsity_{args.part}.csv", header, rows)

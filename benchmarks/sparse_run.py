@@ -1,4 +1,4 @@
-"""Whole training steps, and a whole run, over the masked dense ones."""
+"""A whole run of RigL, rewires and structures included, over the masked dense one."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.measure import Ratio, clock, compare
+from benchmarks.measure import Ratio, clock
 from lottery_flow.data import find
 from lottery_flow.data.arrays import Arrays
 from lottery_flow.sparsity import distributions, execution, rules, schedules
@@ -18,11 +18,6 @@ from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.sparsity.execution_structure import Structure, structure_on_host
 from lottery_flow.sparsity.transform import sparsify
 
-# Target of a step over the masked dense one, by widths and sparsity.
-TARGETS = {
-    (784, 300, 100, 10): {0.5: 1.03, 0.9: 0.70, 0.95: 0.55, 0.98: 0.40},
-    (784, 1024, 1024, 10): {0.5: 1.03, 0.9: None, 0.95: 0.45, 0.98: 0.37},
-}
 RATE, MOMENTUM, BATCH = 0.05, 0.9, 128
 EVERY, FRACTION = 100, 0.3  # of RigL's rewires
 
@@ -41,33 +36,6 @@ class Net(NamedTuple):
     state: Any
     tx: optax.GradientTransformationExtraArgs
     n_active: dict[str, int]
-
-
-def steps(rounds: int) -> Iterator[Ratio]:
-    """Steps of masked momentum, all in the same process, over the masked dense one."""
-    rng = np.random.default_rng(0)
-    for widths, targets in TARGETS.items():
-        images = rng.normal(size=(BATCH, widths[0])).astype(np.float32)
-        labels = rng.integers(0, widths[-1], BATCH, dtype=np.int32)
-        batch = jnp.asarray(images), jnp.asarray(labels)
-        for sparsity, target in targets.items():
-            net = start(widths, sparsity)
-            paths = choose(net, widths)
-            every = {k: "csr" for k in net.n_active}
-            gathered = dict.fromkeys(net.n_active, "csr_gathered")
-            label = f"{'-'.join(map(str, widths))}, {100 * sparsity:g} %"
-            ways: dict[str, Callable] = {
-                f"{label}: masked dense": _Training(net, {}, batch),
-                f"{label}: chosen": _Training(net, paths, batch),
-                f"{label}: dense gradient": _Training(net, every, batch),
-                f"{label}: active gradient": _Training(net, gathered, batch),
-            }
-            _check_equal(ways, label)
-            aims = {} if target is None else {f"{label}: chosen": target}
-            found = compare(
-                ways, f"{label}: masked dense", targets=aims, rounds=rounds, seconds=0.1
-            )
-            yield from found
 
 
 def start(widths, sparsity, seed: int = 0) -> Net:
@@ -146,21 +114,6 @@ def make_step(tx, paths, rewire: bool) -> Callable:
     return jax.jit(step, donate_argnums=0)
 
 
-class _Training:
-    """A step called again and again on the state that it returned."""
-
-    def __init__(self, net: Net, paths, batch):
-        self.carry = _copy((net.params, net.state))
-        self.plans = plans_of(net.state.masks, paths)
-        self.step, self.batch = make_step(net.tx, paths, rewire=False), batch
-
-    def __call__(self, n: int) -> None:
-        loss = None
-        for _ in range(n):
-            self.carry, loss = self.step(self.carry, self.plans, *self.batch)
-        jax.block_until_ready((self.carry[0], loss))
-
-
 def _copy(tree):
     """Buffers of its own, to be donated."""
 
@@ -169,19 +122,6 @@ def _copy(tree):
         return jax.random.clone(leaf) if is_key else jnp.copy(leaf)
 
     return jax.tree.map(own, tree)
-
-
-def _check_equal(ways, label) -> None:
-    """One step of each gives the same weights."""
-    for way in ways.values():
-        way(1)
-    reference, *others = (way.carry[0] for way in ways.values())
-    for other in others:
-        for a, b in zip(*map(jax.tree.leaves, (reference, other)), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6, err_msg=label)
-
-
-# A run
 
 
 def whole_run(data_dir: str, n_steps: int) -> Iterator[Ratio]:
