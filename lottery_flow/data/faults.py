@@ -1,4 +1,4 @@
-"""What is wrong with a data set in memory, by name: the split, and the image's number."""
+"""What is wrong with a data set in memory: the split, and the number of the image."""
 
 import numpy as np
 
@@ -30,8 +30,9 @@ def of_arrays(arrays: Arrays, spec: Spec) -> str | None:
         if wrong.size:
             i = wrong[0]
             return (
-                f"{split} labels from {labels.min()} to {labels.max()}, not within 0 to "
-                f"{spec.n_classes - 1}: the first is {labels[i]}, of {split} image {i}"
+                f"{split} labels from {labels.min()} to {labels.max()}, not within 0 "
+                f"to {spec.n_classes - 1}: the first is {labels[i]}, of {split} image "
+                f"{i}"
             )
     return None
 

@@ -74,7 +74,8 @@ def decode(image: bytes | np.ndarray) -> Image.Image:
     if isinstance(image, np.ndarray):
         pixels = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
         colours = pixels.ndim == 3 and pixels.shape[-1] == 3
-        if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or colours):
+        fits = pixels.size and (pixels.ndim == 2 or colours)
+        if pixels.dtype != np.uint8 or not fits:
             raise ValueError(
                 f"pixels are {image.dtype}{image.shape}, not uint8 with 1 or 3 channels"
             )

@@ -1,5 +1,6 @@
 """A record of a split, decoded; or what is wrong with it, by its file or its number."""
 
+import operator
 from typing import Any
 
 from PIL import Image
@@ -23,15 +24,15 @@ def read(dataset: Images, split: str, i: int) -> tuple[Image.Image, int]:
     try:
         record = records[i]
         image = decode(record["image"])
+        label = operator.index(record["label"])
     except Exception as error:  # the ways a damaged file can fail are too many to list
-        raise _unusable(
-            dataset, split, i, f"cannot be read ({_reason(error)})"
-        ) from None
-    label, n_classes = record["label"], dataset.spec.n_classes
+        fault = f"cannot be read ({_reason(error)})"
+        raise _unusable(dataset, split, i, fault) from None
+    n_classes = dataset.spec.n_classes
     if not 0 <= label < n_classes:
         fault = f"has the label {label}, not one from 0 to {n_classes - 1}"
         raise _unusable(dataset, split, i, fault)
-    return image, int(label)
+    return image, label
 
 
 def _unusable(dataset: Images, split: str, i: int, fault: str) -> UserError:

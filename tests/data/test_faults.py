@@ -71,13 +71,11 @@ def test_a_damaged_file_is_told_by_its_path(tmp_path, content, split):
     found = images.open_folder(str(root), 8)
     called = "training" if split == "train" else "test"
     pattern = re.escape(f"{root / split / 'b/2.jpg'} ({called} image 5 of images)")
-    with pytest.raises(
-        UserError, match=f"data.name: {pattern} cannot be read .*; mend"
-    ):
-        if split == "train":
-            batches = stream.train_batches(found, seed=0, batch_size=3, start=0, stop=2)
-        else:
-            batches = stream.eval_batches(found, batch_size=4)
+    if split == "train":
+        batches = stream.train_batches(found, seed=0, batch_size=3, start=0, stop=2)
+    else:
+        batches = stream.eval_batches(found, batch_size=4)
+    with pytest.raises(UserError, match=rf"data\.name: {pattern} cannot be read .*; m"):
         list(batches)
 
 
@@ -116,7 +114,8 @@ def test_a_run_ends_with_the_sentence(tmp_path, n_workers):
         "train__figure": False,
     }
     arguments = run_cli.flag_list("dense_mlp:smoke", tmp_path / "runs", **fields)
-    outcome = run_cli.subprocess_run(*arguments)
+    start = run_cli.subprocess_run if n_workers else run_cli.in_process
+    outcome = start(*arguments)
     assert outcome.status == 2, outcome.stderr
     (line,) = outcome.errors
     assert re.search(r"train/b/2\.jpg \(training image 5 of images\) cannot be", line)
@@ -137,6 +136,8 @@ class Listed(list):
         ({"image": np.zeros((0, 4, 3), np.uint8), "label": 0}, "cannot be read"),
         ({"image": None, "label": 0}, "cannot be read"),
         ({"label": 0}, "cannot be read"),
+        ({"image": encoded(), "label": "1"}, "cannot be read .TypeError"),
+        ({"image": encoded(), "label": 0.5}, "cannot be read .TypeError"),
         ({"image": encoded(), "label": 2}, "has the label 2, not one from 0 to 1"),
         ({"image": encoded(), "label": -1}, "has the label -1, not one from 0 to 1"),
     ],
@@ -226,18 +227,15 @@ def test_a_bad_data_set_leaves_no_directory(monkeypatch, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_damaged_image_in_the_files_of_tfds(tmp_path, write_tfds, monkeypatch):
+def test_a_damaged_image_in_the_files_of_tfds(tmp_path, write_tfds):
     """Its number is found, though images are read in blocks."""
     pixels = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 1), np.uint8)
     splits = {"train": (pixels, [0] * 5), "test": (pixels[:3], [0] * 3)}
     folder = write_tfds(tmp_path, "mnist", splits)
     (path,) = folder.glob("*-train.*")
-    content, start = path.read_bytes(), -1
-    for _ in range(4):  # the head of the fourth PNG
-        start = content.index(b"\x89PNG", start + 1)
     _write_with_broken_image(path, pixels, 3)
     spec = tfds_arrays.SPECS["mnist"]._replace(n_train=5, n_test=3)
-    with pytest.raises(UserError, match="cannot be read .training image 3: "):
+    with pytest.raises(UserError, match=r"cannot be read \(training image 3: "):
         tfds_arrays.load(spec, str(tmp_path))
 
 
