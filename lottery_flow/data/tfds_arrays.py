@@ -5,6 +5,7 @@ method: its gradient norm is taken over the first 1,000 training images. Decodin
 some 20 seconds, so the arrays are kept in `<data_dir>/.lottery_flow/` for next time.
 """
 
+import json
 import logging
 import os
 import re
@@ -121,6 +122,12 @@ def prepared_builder(name: str, directory: str) -> Any:
         raise unknown
     import tensorflow_datasets as tfds  # half a second, and `digits` does without
 
+    folder = tfds.core.Path(directory) / re.split("[/:]", name)[0]
+    if foreign := _foreign_code(folder):
+        raise UserError(
+            f"data.name={name!r} in {directory} asks for the code of {foreign!r}, "
+            "which is none of TFDS's features and is not executed; prepare it anew"
+        )
     try:
         builder = tfds.builder(name, data_dir=directory)
     except tfds.core.DatasetNotFoundError as error:
@@ -138,6 +145,33 @@ def prepared_builder(name: str, directory: str) -> Any:
             " the directory that has it."
         )
     return builder
+
+
+def _foreign_code(folder: Any) -> str | None:
+    """A class that a data set's features name, if TFDS would import it from elsewhere.
+
+    TFDS imports whatever module these files name.
+    """
+
+    def names(value):
+        if isinstance(value, dict):
+            found = value.get("pythonClassName", value.get("type"))
+            yield from [found] if isinstance(found, str) else []
+        for child in value.values() if isinstance(value, dict) else value:
+            if isinstance(child, dict | list):
+                yield from names(child)
+
+    # <version>/ or <configuration>/<version>/
+    found = [*folder.glob("*/features.json"), *folder.glob("*/*/features.json")]
+    for path in found:
+        try:
+            features = json.loads(path.read_text())
+        except (OSError, ValueError, RecursionError):
+            continue  # TFDS says so
+        for name in names(features if isinstance(features, dict) else {}):
+            if "." in name and not name.startswith("tensorflow_datasets."):
+                return name
+    return None
 
 
 def _check_sizes(builder: Any, spec: Spec, directory: str) -> None:
