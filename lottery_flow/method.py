@@ -152,8 +152,7 @@ def at_init(config: ConfigDict) -> PruneAtInit:
     for option, value in asked.items():
         if option not in known:
             raise UserError(
-                f"{field}={text!r}: {option} is no option here; there are "
-                f"{', '.join(known)}"
+                f"{field}: {option} is no option here; there are {', '.join(known)}"
             )
         own = getattr(METHODS[name], option)
         if type(value) is not type(own):

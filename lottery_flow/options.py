@@ -50,7 +50,7 @@ def call(field: str, make: Callable, given: Mapping[str, Callable], text: str) -
       field: of the options, for messages: `sparsity.rule_options`.
       make: a method; its keyword arguments say what it needs.
       given: by name of an argument, a function that returns it. An option of the same
-        name comes before it.
+        name comes before it, where the argument says of which kind it is.
       text: options, see `parse`.
 
     Raises:
@@ -82,7 +82,7 @@ def check(
         if kinds == () or (name in given and kinds is None):
             free = [k for k, v in own.items() if k not in given and _kinds(v) != ()]
             raise UserError(
-                f"{field}={text!r}: {name} is no option here; "
+                f"{field}: {name} is no option here; "
                 + (f"there are {', '.join(free)}" if free else "leave it empty")
             )
         if not _fits(value, kinds):
@@ -92,7 +92,7 @@ def check(
     for name, parameter in own.items():
         if name not in given and name not in asked:
             if parameter.default is parameter.empty:
-                raise UserError(f"{field}={text!r}: {name} is missing; add {name}=...")
+                raise UserError(f"{field}: {name} is missing; write {name}=...")
     return asked
 
 
@@ -102,7 +102,7 @@ def _kinds(parameter: inspect.Parameter) -> tuple[Any, ...] | None:
     if said is parameter.empty:
         default = parameter.default
         said = None if default in (parameter.empty, None) else type(default)
-    if said is None:
+    if said is None or isinstance(said, str):
         return None
     if get_origin(said) is Literal:
         return get_args(said)
