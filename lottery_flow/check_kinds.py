@@ -33,7 +33,9 @@ def value(field: str, given: Any, like: Any) -> None:
     """Raises UserError where a value is not of the kind of another one."""
     kind, fits = _KINDS[type(like)]
     if not fits(given):
-        raise UserError(f"{field}={given!r}: give {kind}")
+        text = repr(given)
+        shown = text if len(text) <= 100 else f"{text[:100]}..."
+        raise UserError(f"{field}={shown}: give {kind}")
 
 
 def _group(prefix: str, own: ConfigDict, default: ConfigDict) -> None:

@@ -142,11 +142,13 @@ def judge(outcome: run_cli.Outcome, example: bad_input.Input) -> None:
     (line, _) = told
     if not line.isprintable() or len(line) > LONGEST:
         raise Fault(f"a strange sentence: {line[:1500]!r}")
-    spoilt = [*example.values, *(name for name, _ in example.texts)]
-    spoilt = [k if k in bad_input.FIELDS else "--config." for k in spoilt]
-    spoilt += ["after the colon"] if example.argument else []
-    if not any(field in line for field in [*spoilt, "--config=", "--config:"]):
-        raise Fault(f"names none of {spoilt}: {line}")
+    spoilt = [*example.values.items(), *example.texts]
+    names = [k if k in bad_input.FIELDS else "--config." for k, _ in spoilt]
+    # Of what the argument sets; or a conflict, which may be told by the other field.
+    names += ["after the colon", *bad_input.FIELDS] if example.argument else []
+    names += [v for _, v in spoilt if isinstance(v, str) and len(v) > 3]
+    if not any(name in line for name in [*names, "--config=", "--config:"]):
+        raise Fault(f"names none of {names}: {line}")
     if not re.search(REMEDY, line):
         raise Fault(f"names no remedy: {line}")
 
