@@ -185,7 +185,7 @@ def test_a_file_that_returns_nothing(tmp_path):
         ("train.seeds=(4294967296,)", r"seeds=.*2\^32"),
         ("tickets.rounds=-1", "tickets.rounds=-1"),
         ("tickets.level=1", "tickets.level=1.*leave it at 0"),
-        ("tickets.treatment_options=x=1", "treatment_options='x=1'"),
+        ("tickets.treatment_options=x=1", "treatment_options: x is no option"),
         ("sparsity.masks_step=-2", "masks_step=-2"),
         ("sparsity.penalty_warmup_steps=-1", "penalty_warmup_steps=-1"),
         ("model.widths=(99999999,)", "model.widths.*parameters.*smaller"),
