@@ -13,12 +13,14 @@ from pathlib import Path
 
 import bad_input
 import fault_figures
+import jax
 import pytest
 import run_cli
 import search_input
 import try_input
 
-from lottery_flow import check, check_kinds, flops, main
+from lottery_flow import check, check_kinds, command_errors, flops, main, memory
+from lottery_flow.errors import UserError
 
 SMALL = ("--config.model.name=mlp",)
 
@@ -193,10 +195,34 @@ def test_a_file_that_returns_nothing(tmp_path):
         ("data.workers=99999", "data.workers=99999: give at most"),
     ],
 )
-def test_values_that_used_to_end_in_a_trace(tmp_path, flag, pattern):
+def test_values_that_used_to_end_in_a_trace(tmp_path, flag, pattern, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda: 16 * 10**9)
     config = run_cli.ROOT / "configs" / "quickstart.py"
     line = told([f"--config={config}", *SMALL, f"--config.{flag}"], tmp_path)
     assert re.search(pattern, line), line
+
+
+def test_memory_that_is_not_there(monkeypatch):
+    batches = {"train.batch_size": 1000}
+    monkeypatch.setattr(memory, "available", lambda: 10**9)
+    memory.check(10**7, 1000, batches, 1)
+    memory.check(10**8, 1000, batches, 2)  # cut along two devices
+    with pytest.raises(UserError, match=r"100,000,000 parameters.* 1 GB, so give a"):
+        memory.check(10**8, 1000, batches, 1)
+    with pytest.raises(UserError, match=r"batch_size=1000 images.*give fewer"):
+        memory.check(10**7, 10**7, batches, 1)
+    monkeypatch.setattr(memory, "available", lambda: None)
+    memory.check(10**18, 10**9, batches, 1)
+
+
+def test_a_device_without_room_is_told(tmp_path, monkeypatch):
+    def full(argv):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 1 byte")
+
+    monkeypatch.setattr(main, "main", full)
+    line = told([f"--config={run_cli.ROOT / 'configs' / 'quickstart.py'}"], tmp_path)
+    assert "not enough memory (RESOURCE_EXHAUSTED" in line
+    assert not command_errors.is_memory(RuntimeError("another"))
 
 
 @pytest.mark.parametrize(
