@@ -122,8 +122,8 @@ def leak(what: str, kept: list, state: Any) -> None:
         kept.append(jax.jit(lambda x: x + len(kept))(np.zeros(len(kept) + 1)))
 
 
-def watch(samples: list[Sample], leaks: list[str]) -> Callable:
-    """Saves as `checkpoint.save`, then looks."""
+def watch(samples: list[Sample], leaks: list[str], leaks_from: int) -> Callable:
+    """Saves as `checkpoint.save`, leaks from a step on, and looks."""
     programs, kept, save = [], [], checkpoint.save
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: programs.append(name) if "backend_compile" in name else 0
@@ -131,7 +131,7 @@ def watch(samples: list[Sample], leaks: list[str]) -> Callable:
 
     def watched(manager, state):
         save(manager, state)
-        for what in leaks:
+        for what in leaks if state.step >= leaks_from else ():
             leak(what, kept, state)
         statm = Path("/proc/self/statm").read_text().split()
         samples.append(
@@ -155,11 +155,13 @@ def run() -> None:
     parser.add_argument("--rewire", type=int, default=50)
     parser.add_argument("--save", type=int, default=500)
     parser.add_argument("--leaks", default="")
+    parser.add_argument("--leaks_from", type=int, default=0)
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     samples: list[Sample] = []
-    checkpoint.save = watch(samples, [k for k in args.leaks.split(",") if k])
+    leaks = [k for k in args.leaks.split(",") if k]
+    checkpoint.save = watch(samples, leaks, args.leaks_from)
     path = args.out.with_suffix(".py")
     numbers = {k: getattr(args, k) for k in ("steps", "rewire", "save")}
     path.write_text(CONFIG.format(width=WIDTH, **numbers))

@@ -19,10 +19,10 @@ import soak
 STATE = 9 * (784 * soak.WIDTH + 10 * soak.WIDTH)
 
 
-def samples(directory: Path, steps: int, save: int, leaks: str = "", timeout=600):
+def samples(directory: Path, steps: int, save: int, *flags: str, timeout=600):
     """What a process held at each of its checkpoints."""
     out = directory / "samples.json"
-    command = [sys.executable, str(Path(soak.__file__)), f"--leaks={leaks}"]
+    command = [sys.executable, str(Path(soak.__file__)), *flags]
     command += [f"--steps={steps}", f"--save={save}", f"--out={out}"]
     command += [f"--workdir={directory / 'runs'}"]
     own = {
@@ -45,16 +45,13 @@ def samples(directory: Path, steps: int, save: int, leaks: str = "", timeout=600
     return found
 
 
-def test_hundreds_of_steps_hold_nothing(tmp_path):
-    found = samples(tmp_path, steps=600, save=30)
-    assert len(found) == 21
-    assert soak.problems(found, STATE) == []
-
-
-def test_what_is_held_is_found(tmp_path):
-    leaks = "state,arrays,file,thread,program"
-    found = soak.problems(samples(tmp_path, 300, 30, leaks), STATE)
-    names = [problem.partition(":")[0] for problem in found]
+def test_hundreds_of_steps_hold_nothing_and_what_is_held_is_found(tmp_path):
+    """In one process, which after half of its steps begins to leak all there is."""
+    flags = ("--leaks=state,arrays,file,thread,program", "--leaks_from=500")
+    found = samples(tmp_path, 750, 25, *flags)
+    half = [sample.step for sample in found].index(500)
+    assert soak.problems(found[:half], STATE) == []
+    names = [p.partition(":")[0] for p in soak.problems(found[half:], STATE)]
     assert names == ["resident", "arrays", "files", "threads", "programs"]
 
 
