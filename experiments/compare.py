@@ -8,11 +8,11 @@ accuracy) and `compare.csv`, one row for each run and step.
 
 import argparse
 import csv
-import json
 from pathlib import Path
 
 from lottery_flow import metrics
-from lottery_flow.runs import RunPaths
+from lottery_flow.errors import UserError
+from lottery_flow.runs import RunPaths, read_object
 
 COLUMNS = (
     "step",
@@ -42,7 +42,13 @@ def collect(directories: list[Path]) -> list[dict]:
             raise SystemExit(
                 f"error: {directory} has no metrics; give the seed_N directory of a run"
             )
-        config = json.loads(paths.config.read_text())
+        try:
+            config = read_object(paths.config)
+        except (OSError, ValueError) as error:
+            raise SystemExit(
+                f"error: {paths.config} cannot be read ({error}); give the seed_N "
+                "directory of a run"
+            ) from error
         label = config["name"]
         if config["model.init"] != "masked_dense":
             label += f" ({config['model.init']})"
@@ -89,7 +95,10 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="seed_N directories")
     parser.add_argument("--out", default="compare", help="path without its ending")
     args = parser.parse_args()
-    rows = collect(args.runs)
+    try:
+        rows = collect(args.runs)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from error
     table(rows, Path(args.out + ".csv"))
     plot(rows, Path(args.out + ".png"))
     print(f"{args.out}.png  {args.out}.csv")

@@ -8,11 +8,13 @@ machine; what needs weights trains.
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 from experiments.trainings import Setup, Training
 from lottery_flow import metrics
+from lottery_flow.errors import UserError
 from lottery_flow.metrics import Row
 from lottery_flow.runs import RunPaths, write_atomically
 
@@ -54,9 +56,14 @@ def _read(path: Path | None) -> dict[int, list[Row]]:
     found: dict[int, list[Row]] = {}
     if path is None or not path.exists():
         return found
-    with gzip.open(path, "rt") as file:
-        for row in map(json.loads, file):
-            found.setdefault(row["seed"], []).append(row)
+    try:
+        with gzip.open(path, "rt") as file:
+            for row in map(json.loads, file):
+                found.setdefault(row["seed"], []).append(row)
+    except (EOFError, KeyError, OSError, TypeError, ValueError, zlib.error) as error:
+        raise UserError(
+            f"{path} is damaged; bring it back from a copy, or delete it to train anew"
+        ) from error
     return found
 
 

@@ -150,8 +150,8 @@ def find(what: str, study: Study, options: Options) -> Answer | None:
 
 
 def _kept(stem: Path) -> Answer:
-    text = json.loads(stem.with_suffix(".json").read_text())["text"]
-    return Answer(text, stem, new=False)
+    text = runs.read_object(stem.with_suffix(".json"))["text"]
+    return Answer(str(text), stem, new=False)
 
 
 def _place(study: Study, record: dict[str, Any]) -> Path:
@@ -260,8 +260,11 @@ def _done(stem: Path, record: dict[str, Any]) -> bool:
     path = stem.with_suffix(".json")
     if not path.exists():
         return False
-    found = json.loads(path.read_text())
-    return all(found.get(k) == v for k, v in record.items())
+    try:
+        found = runs.read_object(path)
+    except ValueError:  # what is damaged is found again
+        return False
+    return "text" in found and all(found.get(k) == v for k, v in record.items())
 
 
 def _write(stem: Path, found: Findings, record: dict[str, Any]) -> None:

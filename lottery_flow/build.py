@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lottery_flow import check, data, draw, initial, method, models, runs
+from lottery_flow import check, data, draw, initial, memory, method, models, runs
 from lottery_flow import config as config_lib
 from lottery_flow.errors import UserError
 from lottery_flow.job import Job
@@ -30,6 +30,7 @@ def build(config: ConfigDict, seed: int) -> Job:
     """
     source, model, shapes = _network_of(config)
     spec, key = source.spec, jax.random.key(seed)
+    _check_memory(config, spec, shapes)
     decay = method.decay(config)
     fade = method.fade(config, decay)
     n_active = _n_active(config, shapes)
@@ -166,13 +167,26 @@ def description(config: ConfigDict) -> dict[str, Any]:
     }
 
 
+def _check_memory(config, spec, shapes) -> None:
+    train = config.train
+    n_together = train.batch_size // train.accumulate_steps
+    batches = {
+        "train.batch_size": n_together,
+        "train.probe_examples": train.probe_examples,
+        "eval.batch_size": config.eval.batch_size,
+    }
+    n_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    n_numbers = math.prod(spec.image_shape)
+    memory.check(n_parameters, n_numbers, batches, train.model_devices)
+
+
 def _model(config, spec):
     name = config.model.name
     options = _model_options(config)
     try:
         return models.create(name, spec.image_shape, spec.n_classes, **options)
     except ValueError as error:
-        raise UserError(f"model {name}: {error}") from error
+        raise UserError(f"model.name={name}: {error}") from error
 
 
 def _model_options(config) -> dict[str, Any]:
@@ -198,6 +212,9 @@ def _model_options(config) -> dict[str, Any]:
     return options
 
 
+_COUNTED = ("sparsity", "dense_layers", "layer_sparsity", "granularity")
+
+
 def _n_active(config, shapes) -> dict[str, int]:
     """Active weights of each layer that a random mask, or pruning, leaves."""
     distribute = distributions.DISTRIBUTIONS[config.sparsity.distribution]
@@ -208,13 +225,15 @@ def _n_active(config, shapes) -> dict[str, int]:
         groups = method.granularity(config)
         own = granularity.own_sparsity(groups)
         if own is not None and abs(own - sparsity) > 1e-9:
-            raise ValueError(
-                f"granularity={config.sparsity.granularity} has the sparsity {own}, "
-                f"not {sparsity}; give that"
+            raise UserError(
+                f"sparsity.granularity={config.sparsity.granularity} has the sparsity "
+                f"{own}, not sparsity.sparsity={sparsity}; give that"
             )
         n_active = granularity.round_counts(groups, n_active, layer_shapes)
     except ValueError as error:
-        raise UserError(f"sparsity: {error}") from error
+        asked = {k: config.sparsity[k] for k in _COUNTED if config.sparsity[k]}
+        told = ", ".join(f"sparsity.{k}={v!r}" for k, v in asked.items())
+        raise UserError(f"{told}: {error}") from error
     return n_active
 
 

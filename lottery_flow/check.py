@@ -9,7 +9,16 @@ import re
 
 from ml_collections import ConfigDict
 
-from lottery_flow import augment, check_method, data, limits, method, models, population
+from lottery_flow import (
+    augment,
+    check_kinds,
+    check_method,
+    data,
+    limits,
+    method,
+    models,
+    population,
+)
 from lottery_flow.errors import UserError
 from lottery_flow.sparsity import distributions, initializers
 from lottery_flow.sparsity.methods import RULES
@@ -20,13 +29,15 @@ DROP_SCHEDULES = ("learning_rate", "cosine", "constant")
 
 def fields(config: ConfigDict) -> None:
     """Raises UserError at the first field that makes no sense."""
-    if not re.fullmatch(r"\w[\w.-]*", config.name):
+    check_kinds.fields(config)
+    if not re.fullmatch(r"\w[\w.-]{,99}", config.name):
         raise UserError(
-            f"name={config.name!r} cannot name a directory; give letters, digits, "
-            "dots, dashes and underscores, the first no dot or dash"
+            f"name={config.name!r} cannot name a directory; give up to 100 letters, "
+            "digits, dots, dashes and underscores, the first no dot or dash"
         )
     limits.at_least("data.image_size", config.data.image_size, 0)
     limits.at_least("data.workers", config.data.workers, 0)
+    limits.at_most("data.workers", config.data.workers, 1000)
     spec = data.find(config.data.name, config.data.dir, config.data.image_size).spec
     limits.known("model.name", config.model.name, models.MODELS)
     limits.known("model.init", config.model.init, initializers.INITIALIZERS)
@@ -67,12 +78,12 @@ def fields(config: ConfigDict) -> None:
             f"{config.optim.schedule!r} needs {'none' if milestones else 'some'}"
         )
     first = config.optim.warmup_steps + 1
-    if any(type(s) is not int for s in milestones) or any(
-        b <= a for a, b in itertools.pairwise((first - 1, *milestones))
-    ):
+    if any(b <= a for a, b in itertools.pairwise((first - 1, *milestones))):
         raise UserError(
             f"optim.milestone_steps={milestones}: give rising numbers from {first}"
         )
+    for milestone in milestones[-1:]:
+        limits.at_most("optim.milestone_steps", milestone, limits.INT32)
     limits.above("optim.decay_factor", config.optim.decay_factor, 0.0)
     limits.fraction("loss.label_smoothing", config.loss.label_smoothing)
     limits.above("optim.learning_rate", config.optim.learning_rate, 0.0)
@@ -91,8 +102,14 @@ def fields(config: ConfigDict) -> None:
     limits.at_least("sparsity.interval_steps", sparsity.interval_steps, 1)
     limits.at_least("sparsity.begin_steps", sparsity.begin_steps, 0)
     limits.at_least("sparsity.grow_examples", sparsity.grow_examples, 0)
+    limits.at_least("sparsity.penalty_warmup_steps", sparsity.penalty_warmup_steps, 0)
+    limits.above("sparsity.grow_init_divisor", sparsity.grow_init_divisor, 0.0)
+    for field in ("end_steps", "masks_step", "weights_step"):
+        limits.at_least(f"sparsity.{field}", sparsity[field], -1)
     for field in ("total_steps", "batch_size", "probe_examples"):
         limits.at_least(f"train.{field}", train[field], 1)
+    # Schedules are tables of all steps.
+    limits.at_most("train.total_steps", train.total_steps, 100_000_000)
     for field in ("log_every_steps", "checkpoint_every_steps"):
         limits.at_least(f"train.{field}", train[field], 1)
     for field in ("keep_checkpoints", "member_devices", "data_devices", "chunk_steps"):

@@ -109,10 +109,12 @@ def tickets(config: ConfigDict) -> None:
     """Raises UserError where rounds of pruning make no sense."""
     own, sparsity, train = config.tickets, config.sparsity, config.train
     limits.at_least("tickets.rounds", own.rounds, 0)
-    if not own.rounds:
-        return
     limits.fraction("tickets.rate", own.rate)
     limits.at_least("tickets.rewind_steps", own.rewind_steps, 0)
+    if not 0 <= own.level <= own.rounds:
+        raise UserError(
+            f"tickets.level={own.level} is set by the program; leave it at 0"
+        )
     limits.known("tickets.scope", own.scope, ("layer", "global"))
     limits.known("tickets.criterion", own.criterion, TICKET_CRITERIA)
     limits.known(
@@ -123,6 +125,21 @@ def tickets(config: ConfigDict) -> None:
         distributions.parse_layer_map(own.layer_rates)
     except ValueError as error:
         raise UserError(f"tickets.layer_rates: {error}") from error
+    if own.treatment == "reinit":
+        if own.treatment_options:
+            raise UserError(
+                f"tickets.treatment_options={own.treatment_options!r}: reinit has "
+                "none; leave it empty"
+            )
+    else:
+        options.check(
+            "tickets.treatment_options",
+            TREATMENTS[own.treatment],
+            ("key", "params", "masks", "std"),
+            own.treatment_options,
+        )
+    if not own.rounds:
+        return
     what = f"tickets.rounds={own.rounds} prunes between trainings"
     _leave(what, sparsity, "rule", "at_init", "parameterization")
     if not sparsity.sparsity:

@@ -11,9 +11,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from lottery_flow import allocator
-from lottery_flow import config as config_lib
-from lottery_flow.build import flat_fields
+from lottery_flow import allocator, check_kinds, command_errors
 from lottery_flow.errors import UserError
 from lottery_flow.stopping import Stopped
 
@@ -21,17 +19,13 @@ from lottery_flow.stopping import Stopped
 AGAIN = 75
 
 
-def run(
-    main: Callable[[Sequence[str]], None],
-    explain: Callable[[Sequence[str]], str | None] = lambda argv: None,
-) -> None:
+def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs a command; a user's mistake is one sentence and exit status 2.
 
     A run that was asked to end, or lost another process, exits with `AGAIN`.
 
     Args:
       main: gets the arguments that are no flags, the command's name first.
-      explain: says what is wrong with flags that could not be parsed, or None.
     """
     prepare()
 
@@ -43,7 +37,11 @@ def run(
         except Stopped as stopped:
             sys.stderr.write(f"{stopped}; the same command goes on from there\n")
             sys.exit(AGAIN)
+        except MemoryError as error:
+            _fail(command_errors.memory(error))
         except jax.errors.JaxRuntimeError as error:
+            if command_errors.is_memory(error):
+                _fail(command_errors.memory(error))
             if jax.process_count() == 1:
                 raise
             _leave(error)
@@ -53,8 +51,8 @@ def run(
             return flags.FLAGS(argv)
         except UserError as error:
             _fail(error)
-        except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
-            _fail(explain(argv) or error)
+        except Exception as error:  # of a configuration file anything
+            _fail(command_errors.field(argv) or command_errors.parsing(error, argv))
 
     app.run(guarded, flags_parser=parse)
 
@@ -73,9 +71,12 @@ def load_config() -> ConfigDict:
     """What `--config` names.
 
     Raises:
-      UserError: it is missing, or there is no such file.
+      UserError: it is missing, there is no such file, or a field is missing or of
+        another kind.
     """
     config = flags.FLAGS.config
+    if config is None and flags.FLAGS["config"].present:
+        raise UserError("--config: get_config returned None; end it with return config")
     if config is None:
         raise UserError("--config is missing; give --config=configs/quickstart.py")
     try:
@@ -83,19 +84,14 @@ def load_config() -> ConfigDict:
     except OSError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--config: give the path of a file ({reason})") from error
+    except Exception as error:  # no configuration at all
+        told = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"--config: it has no fields ({told}); start from "
+            "lottery_flow.config.default()"
+        ) from error
+    check_kinds.fields(config)
     return config
-
-
-def unknown_field(argv: Sequence[str]) -> str | None:
-    """A sentence on the first --config.FIELD that no configuration has."""
-    fields = flat_fields(config_lib.default())
-    for arg in argv:
-        name = arg.removeprefix("--config.").split("=")[0]
-        if arg.startswith("--config.") and name not in fields:
-            group = name.rpartition(".")[0]
-            known = [f for f in fields if f.rpartition(".")[0] == group] or fields
-            return f"--config.{name} is not a field; there are {', '.join(known)}"
-    return None
 
 
 def prepare(level: int = logging.INFO) -> None:
@@ -127,5 +123,5 @@ def _leave(error: Exception) -> NoReturn:
 
 
 def _fail(message: object) -> NoReturn:
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error: {command_errors.line(message)}\n")
     sys.exit(2)

@@ -120,28 +120,50 @@ def load(path: str | Path) -> Exported:
     """
     content = Path(path).read_bytes()
     try:
-        tensors = {
-            name: np.frombuffer(t["data"], _DTYPES[t["dtype"]]).reshape(t["shape"])
-            for name, t in safetensors.deserialize(content)
-        }
-        n = int.from_bytes(content[:8], "little")
-        about = json.loads(content[8 : 8 + n]).get("__metadata__", {})
-        shapes = json.loads(about.pop("shapes"))
-        if about.pop("sha256") != _sha256(tensors):
-            raise ValueError("its checksum is another")
-    except (KeyError, ValueError, safetensors.SafetensorError) as error:
+        return _read(content)
+    except _UNREADABLE as error:
+        reason = str(error).split("\n")[0][:200]
         raise ValueError(
-            f"{path} is damaged, or no network that was exported ({error})"
+            f"{path} is damaged, or no network that was exported ({reason}); export it "
+            "anew"
         ) from error
+
+
+# At a file that is damaged, or was made to do harm.
+_UNREADABLE = (
+    *(AttributeError, KeyError, MemoryError, OverflowError, RecursionError, TypeError),
+    *(ValueError, safetensors.SafetensorError),
+)
+
+
+def _read(content: bytes) -> Exported:
+    """The network of a file's content; a name in it is a key and never a path."""
+    tensors = {
+        name: np.frombuffer(t["data"], _DTYPES[t["dtype"]]).reshape(t["shape"])
+        for name, t in safetensors.deserialize(content)
+    }
+    n = int.from_bytes(content[:8], "little")
+    about = json.loads(content[8 : 8 + n]).get("__metadata__", {})
+    shapes = json.loads(about.pop("shapes"))
+    if about.pop("sha256") != _sha256(tensors):
+        raise ValueError("its checksum is another")
     params, masks = {}, {}
     for name, shape in shapes.items():
         values, bits = (tensors.pop(f"params/{name}.{k}") for k in ("values", "mask"))
-        mask = np.unpackbits(bits, count=math.prod(shape)).astype(bool).reshape(shape)
+        size = math.prod(shape)
+        # A few bytes must not ask for all of the memory.
+        if bits.dtype != np.uint8 or bits.shape != (-(-size // 8),):
+            raise ValueError(f"{name}: {bits.size} bytes of mask for {size} weights")
+        mask = np.unpackbits(bits, count=size).astype(bool).reshape(shape)
+        if values.shape != (np.count_nonzero(mask),):
+            raise ValueError(f"{name}: {values.size} values are not those of its mask")
         params[name], masks[name] = np.zeros(shape, values.dtype), mask
         params[name][mask] = values
     stats = {}
     for name, tensor in tensors.items():
         group, _, leaf = name.partition("/")
+        if group not in ("params", "batch_stats"):
+            raise ValueError(f"{name} is of no group")
         (params if group == "params" else stats)[leaf] = tensor
     masks = dict.fromkeys(params) | masks
     return Exported(_nested(params), _nested(masks), _nested(stats), about)
@@ -254,6 +276,8 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
         inner = tree
         for group in groups:
             inner = inner.setdefault(group, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"{name} is inside of another leaf")
         inner[last] = value
     return tree
 

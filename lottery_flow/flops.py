@@ -151,7 +151,7 @@ def main(argv: Sequence[str]) -> None:
 def cli() -> None:
     """The command, from the shell."""
     define_flags(flags.FLAGS)
-    command.run(main, command.unknown_field)
+    command.run(main)
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def train_all(started: list[tuple[ConfigDict, Run]]) -> None:
 def cli() -> None:
     """The command, from the shell."""
     define_flags(flags.FLAGS)
-    command.run(main, command.unknown_field)
+    command.run(main)
 
 
 if __name__ == "__main__":

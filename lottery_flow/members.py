@@ -13,8 +13,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lottery_flow import method
+from lottery_flow import limits, method
 from lottery_flow.errors import UserError
+from lottery_flow.sparsity.methods import RULES
+from lottery_flow.sparsity.parameterizations import PARAMETERIZATIONS
 
 # Fields that change what a member starts from, or one of its numbers, but not the
 # program that trains it.
@@ -69,8 +71,16 @@ def members(config: ConfigDict) -> list[tuple[ConfigDict, int]]:
     """The configuration and the seed of every member.
 
     Raises:
-      UserError: `train.vary` or `train.seeds` make no sense.
+      UserError: `train.vary` or `train.seeds` make no sense, or what they depend on.
     """
+    # What decides which fields may vary, and how often members are trained.
+    limits.known("sparsity.rule", config.sparsity.rule, RULES)
+    limits.known(
+        "sparsity.parameterization",
+        config.sparsity.parameterization,
+        ("", *PARAMETERIZATIONS),
+    )
+    limits.at_least("tickets.rounds", config.tickets.rounds, 0)
     varied = _varied(config)
     found = []
     for values in itertools.product(*varied.values()):

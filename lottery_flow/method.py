@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import optax
 from ml_collections import ConfigDict
 
-from lottery_flow import options
+from lottery_flow import limits, options
 from lottery_flow.errors import UserError
 from lottery_flow.sparsity import granularity as granularity_lib
 from lottery_flow.sparsity import masks as masks_lib
@@ -157,9 +157,15 @@ def at_init(config: ConfigDict) -> PruneAtInit:
         own = getattr(METHODS[name], option)
         if type(value) is not type(own):
             raise UserError(
-                f"{field}: {option}={value!r} is not of the kind of its default {own!r}"
+                f"{field}: {option}={value!r} is not of the kind of its default "
+                f"{own!r}; give one that is"
             )
-    return METHODS[name]._replace(**asked)
+    chosen = METHODS[name]._replace(**asked)
+    limits.known(f"{field}: scope", chosen.scope, ("layer", "global"))
+    limits.at_least(f"{field}: rounds", chosen.rounds, 1)
+    limits.at_most(f"{field}: rounds", chosen.rounds, 10_000)
+    limits.at_least(f"{field}: n_examples", chosen.n_examples, 0)
+    return chosen
 
 
 def parameterization(config: ConfigDict, known: Known) -> Parameterization | None:
@@ -187,6 +193,8 @@ def rate_of_round(config: ConfigDict) -> float:
 def _first_step(config) -> int:
     """The step of the learning rate's schedule that a run begins at."""
     own, steps = config.tickets, config.train.total_steps
+    if not own.level:
+        return 0
     return tickets.first_step(
         own.rewind, own.level, rewind_step=own.rewind_steps, n_steps=steps
     )

@@ -26,20 +26,23 @@ def read(path: Path) -> list[Row]:
     A last line that was cut short by a crash is left out.
 
     Raises:
-      UserError: another line is not JSON.
+      UserError: another line is not a row with a step.
     """
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
+    lines = path.read_text(errors="replace").split("\n")
     rows = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
             raise UserError(
                 f"{path} is damaged in line {number}; mend or delete that line, or "
                 "give another --workdir"
-            ) from error
+            )
+        rows.append(row)
     return rows
 
 

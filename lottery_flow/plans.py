@@ -22,7 +22,7 @@ import numpy as np
 from lottery_flow import options
 from lottery_flow.errors import UserError
 from lottery_flow.job import Job
-from lottery_flow.runs import write_atomically
+from lottery_flow.runs import read_object, write_atomically
 from lottery_flow.sparsity import execution_choice, rules
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.sparsity.compact import positions_of
@@ -126,11 +126,11 @@ def _fastest(job: Job, state: TrainState, choices: list[dict[str, str]]) -> Any:
 def _kept(record: Path, layers: Collection[str]) -> dict[str, str]:
     """The paths that `keep` wrote."""
     try:
-        found = json.loads(record.read_text())
+        found = read_object(record)
     except ValueError:
-        found = None
-    whole = isinstance(found, dict) and found.keys() == set(layers)
-    if not whole or not set(found.values()) <= set(execution_choice.PATHS):
+        found = {}
+    whole = found.keys() == set(layers)
+    if not whole or any(v not in execution_choice.PATHS for v in found.values()):
         raise UserError(f"{record} is damaged; delete it to choose anew")
     return found
 

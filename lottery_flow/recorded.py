@@ -1,13 +1,12 @@
 """What config.json of a run says: its configuration, its seed, its environment."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from lottery_flow import check_kinds, runs
 from lottery_flow import config as config_lib
-from lottery_flow import runs
 from lottery_flow.build import flat_fields
 from lottery_flow.errors import UserError
 
@@ -37,12 +36,14 @@ def read(directory: Path) -> Recorded:
     """
     path = directory / "config.json"
     try:
-        record = json.loads(path.read_text())
+        record = runs.read_object(path)
         seed, environment = record["seed"], record.get(runs.ENVIRONMENT, {})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{path} cannot be read; give the seed_N directory of a run"
         ) from error
+    if type(seed) is not int or not isinstance(environment, dict):
+        raise UserError(f"{path} is damaged; give the seed_N directory of a run")
     config = config_lib.default()
     known = flat_fields(config)
     for name, value in record.items():
@@ -52,5 +53,11 @@ def read(directory: Path) -> Recorded:
             raise UserError(f"{path}: {name} is not a field of this version")
         group, _, field = name.rpartition(".")
         values = config[group] if group else config
-        values[field] = tuple(value) if isinstance(values[field], tuple) else value
+        if isinstance(value, list):
+            value = tuple(value)
+        try:
+            check_kinds.value(name, value, values[field])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        values[field] = value
     return Recorded(config.lock(), seed, environment, record)

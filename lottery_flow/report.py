@@ -78,6 +78,8 @@ def figure(path: Path, title: str, rows: list[Row]) -> None:
     axes[2].set_xlabel("step")
     fig.suptitle(title)
     temporary = path.with_name("." + path.name)
+    if temporary.is_symlink():  # not where that points to
+        temporary.unlink()
     fig.savefig(temporary, dpi=120)
     plt.close(fig)
     temporary.replace(path)

@@ -111,7 +111,7 @@ def check(paths: RunPaths, record: Fields) -> None:
     if not paths.config.exists():
         return
     try:
-        found = json.loads(paths.config.read_text())
+        found = read_object(paths.config)
     except ValueError as error:
         raise UserError(
             f"{paths.config} is not a readable configuration; restore it, or give "
@@ -143,9 +143,30 @@ def claim(paths: RunPaths, record: Fields) -> None:
         ) from error
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file that anybody may have written.
+
+    Raises:
+      ValueError: it holds anything else.
+      OSError: it cannot be opened.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except RecursionError as error:  # brackets in brackets in brackets
+        raise ValueError("it is nested too deep") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"it is a {type(found).__name__}, not an object")
+    return found
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes the file whole or not at all, and forces it to the disk."""
+    """Writes the file whole or not at all, and forces it to the disk.
+
+    A link in its place is replaced; what it points to is left alone.
+    """
     temporary = path.with_name(path.name + ".tmp")
+    if temporary.is_symlink():
+        temporary.unlink()
     with open(temporary, "wb" if isinstance(content, bytes) else "w") as f:
         f.write(content)
         f.flush()

@@ -1,5 +1,7 @@
 """Exported networks: the same bits again, sizes as counted, damage and mistakes."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import run_cli
 from numpy.testing import assert_array_equal
 from safetensors import safe_open
+from safetensors.numpy import save as serialize
 
 from lottery_flow import counting, export, inference, models
 from lottery_flow.build import build, flat_fields
@@ -187,3 +190,54 @@ def test_mistakes(tmp_path):
         done = run_cli.in_process(*args, module=export)
         assert done.status == 2
         assert message in done.errors[0]
+
+
+# --- Exported networks that were made to do harm -------------------------------------
+
+
+def made(tensors, shapes) -> bytes:
+    """A file with a right checksum."""
+    arrays = {k: np.asarray(v) for k, v in tensors.items()}
+    about = {"shapes": json.dumps(shapes), "sha256": export._sha256(arrays)}
+    return serialize(arrays, metadata=about)
+
+
+VALUES, BITS = np.ones(3, np.float32), np.array([0b11100000], np.uint8)
+
+
+def own(**changes):
+    return {"params/w.values": VALUES, "params/w.mask": BITS} | changes
+
+
+@pytest.mark.parametrize(
+    ("tensors", "shapes"),
+    [
+        (own(), {"w": [2**40]}),  # terabytes
+        (own(), {"w": [-3]}),
+        (own(), {"w": [10**30]}),
+        (own(), {"w": "3"}),
+        (own(), {"w": [2]}),
+        (own(), {"v": [3]}),
+        (own(), ["w"]),
+        (own(**{"params/w.mask": BITS.astype(np.float32)}), {"w": [3]}),
+        (own(**{"other/w": VALUES}), {"w": [3]}),
+        (own(**{"params/w/x": VALUES}), {"w": [3]}),  # a leaf in a leaf
+    ],
+)
+def test_an_exported_network_that_does_not_fit_itself(tmp_path, tensors, shapes):
+    path = tmp_path / "network"
+    path.write_bytes(made(tensors, shapes))
+    with pytest.raises(ValueError, match="is damaged, or no network"):
+        export.load(path)
+
+
+def test_names_in_an_exported_network_are_keys_and_no_paths(tmp_path):
+    path = tmp_path / "folder" / "network"
+    path.parent.mkdir()
+    names = ("../../w", "/etc/w", "a\0b")
+    path.write_bytes(made({f"params/{n}": VALUES for n in names}, {}))
+    found = export.load(path)
+    assert found.params[".."][".."]["w"].tolist() == [1, 1, 1]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["folder", "network"]
+    path.write_bytes(made(own(), {"w": [3]}))
+    assert export.load(path).params["w"].tolist() == [1, 1, 1]

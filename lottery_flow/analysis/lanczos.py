@@ -380,22 +380,32 @@ def _append(basis, vectors, i):
 def _save(path: Path, state: Tridiagonal, tag: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name("." + path.name)
+    if temporary.is_symlink():  # not where that points to
+        temporary.unlink()
     basis = np.asarray(state.basis[:, : state.n_steps + 1])
     with open(temporary, "wb") as f:
         np.savez(f, basis=basis, diagonal=state.diagonal, beside=state.beside, tag=tag)
     os.replace(temporary, path)
 
 
+def _kept(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+    """What `_save` wrote: arrays and a text; nothing in it can execute code."""
+    try:
+        with open(path, "rb") as f, np.load(f, allow_pickle=False) as found:
+            basis, diagonal, beside = found["basis"], found["diagonal"], found["beside"]
+            return basis, diagonal, beside, str(found["tag"])
+    except (
+        *(AttributeError, EOFError, KeyError, OSError, TypeError, ValueError),
+        zipfile.BadZipFile,
+    ) as error:
+        raise ValueError(f"{path} is damaged; move it away to begin anew") from error
+
+
 def _resume(
     path: Path, operator: Operator, fresh: Tridiagonal, tag: str
 ) -> Tridiagonal:
     other = f"{path} is of another {{}}; move it away to begin anew"
-    try:
-        with open(path, "rb") as f, np.load(f, allow_pickle=False) as found:
-            basis, diagonal, beside = found["basis"], found["diagonal"], found["beside"]
-            kept = str(found["tag"])
-    except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is damaged; move it away to begin anew") from error
+    basis, diagonal, beside, kept = _kept(path)
     if kept != tag:
         raise ValueError(other.format("network, loss or data"))
     begun = np.asarray(fresh.basis[:, 0])

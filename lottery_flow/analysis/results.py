@@ -8,12 +8,15 @@ tidy table: one observation a row.
 import os
 from pathlib import Path
 from typing import Any, TypeVar
+from zipfile import BadZipFile
 
 import matplotlib.figure
 import numpy as np
 import pandas as pd
 
 Result = TypeVar("Result")
+# What numpy raises at files that are damaged, or hold objects and not numbers alone.
+_UNREADABLE = (AttributeError, EOFError, KeyError, TypeError, ValueError, BadZipFile)
 
 
 def save(path: str | Path, result: Any) -> Path:
@@ -27,6 +30,8 @@ def save(path: str | Path, result: Any) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name("." + path.name)
+    if temporary.is_symlink():  # not where that points to
+        temporary.unlink()
     if isinstance(result, matplotlib.figure.Figure):
         result.savefig(temporary, dpi=150)
     elif path.suffix == ".csv":
@@ -57,8 +62,15 @@ def load(path: str | Path, kind: type[Result] | None = None) -> Any:
     path = Path(path)
     if path.suffix == ".csv":
         return pd.read_csv(path)
-    with np.load(path, allow_pickle=False) as found:
-        fields = {k: found[k] for k in found.files}
+    try:
+        # Opened here: np.load leaves the file open where it is no zip file.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
+            fields = {k: found[k] for k in found.files}
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"{path} is damaged, or no .npz file of arrays alone "
+            f"({str(error)[:200]}); make it anew"
+        ) from error
     wanted = getattr(kind, "_fields", ())
     if kind is None or set(wanted) != set(fields):
         raise ValueError(

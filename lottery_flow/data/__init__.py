@@ -8,9 +8,9 @@ module here imports jax, and reading never imports TensorFlow; only
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from lottery_flow.data import digits, images, stream, tfds_arrays
+from lottery_flow.data import digits, faults, images, stream, tfds_arrays
 from lottery_flow.data.arrays import (
     Arrays,
     Spec,
@@ -34,7 +34,7 @@ class Source(NamedTuple):
     """
 
     spec: Spec
-    load: Callable[[str], Dataset]
+    load: Callable[[str], Any]
 
 
 DATASETS: dict[str, Source] = {
@@ -69,7 +69,8 @@ def find(name: str, data_dir: str, image_size: int = 0) -> Source:
             raise UserError(
                 f"data.image_size={image_size}: {name} has images of one size; write 0"
             )
-        return DATASETS[name]
+        source = DATASETS[name]
+        return source._replace(load=partial(_checked, source))
     size = image_size or _SIZE
     try:
         found = _open(name, data_dir, size)
@@ -80,6 +81,16 @@ def find(name: str, data_dir: str, image_size: int = 0) -> Source:
         spec = images.known_spec(name, size)
         return Source(spec, lambda own_dir: _open(name, own_dir, size))
     return Source(found.spec, lambda _: found)
+
+
+def _checked(source: Source, data_dir: str) -> Arrays:
+    """A data set in memory, which is what its spec says."""
+    arrays = source.load(data_dir)
+    if fault := faults.of_arrays(arrays, source.spec):
+        raise UserError(
+            f"data.name={source.spec.name!r} has {fault}; mend the data set"
+        )
+    return arrays
 
 
 @lru_cache(maxsize=32)
@@ -101,8 +112,7 @@ def examples(dataset: Dataset, split: str, start: int, end: int) -> stream.Batch
       end: the example after the last one; more than there are is cut.
     """
     if isinstance(dataset, Images):
-        records = dataset.train if split == "train" else dataset.test
-        return stream.examples(dataset, records, start, end)
+        return stream.examples(dataset, split, start, end)
     pixels, labels = dataset[:2] if split == "train" else dataset[2:]
     return {"image": pixels[start:end], "label": labels[start:end]}
 

@@ -9,8 +9,8 @@ shuffles through a buffer, which lets an example slip into a neighbouring epoch;
 every epoch visits every example exactly once.
 """
 
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -74,7 +74,8 @@ def batch_indices(
     pieces = []
     while position < end:
         epoch, offset = divmod(position, n_examples)
-        piece = _permutation(seed, epoch, n_examples)[offset : offset + end - position]
+        order = _epochs(seed, n_examples)(epoch)
+        piece = order[offset : offset + end - position]
         pieces.append(piece)
         position += len(piece)
     return np.concatenate(pieces)
@@ -118,9 +119,15 @@ def padded_batches(
 
 
 # Room for a population: each member has a stream of its own, and all of them advance
-# together. One too small would draw every permutation anew at every step.
+# together. One too small would draw every permutation anew at every step. Of a stream
+# two epochs are kept, whose border a batch may cross: all of them would be gigabytes.
 @lru_cache(maxsize=512)
-def _permutation(seed: int, epoch: int, n: int) -> Int32[np.ndarray, "n"]:
+def _epochs(seed: int, n: int) -> Callable[[int], np.ndarray]:
+    """The orders of the epochs of a stream."""
+    return lru_cache(maxsize=2)(partial(_permutation, seed, n))
+
+
+def _permutation(seed: int, n: int, epoch: int) -> Int32[np.ndarray, "n"]:
     """The order of one epoch; read-only, because every caller shares it."""
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
     permutation = np.random.Generator(bits).permutation(n).astype(np.int32)

@@ -64,11 +64,26 @@ class Images(NamedTuple):
 
 
 def decode(image: bytes | np.ndarray) -> Image.Image:
-    """An RGB image from its file's content or its pixels [h w c] or [h w]."""
+    """An RGB image from its file's content or its pixels [h w c] or [h w].
+
+    Raises:
+      ValueError: pixels of another type than uint8, or with neither 1 nor 3 channels; a
+        file whose pixels have more than 8 bits, which Pillow would cut off.
+      Exception: of Pillow's many, for what is no image or a damaged one.
+    """
     if isinstance(image, np.ndarray):
-        pixels = image[..., 0] if image.shape[-1:] == (1,) else image
+        pixels = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
+        colours = pixels.ndim == 3 and pixels.shape[-1] == 3
+        fits = pixels.size and (pixels.ndim == 2 or colours)
+        if pixels.dtype != np.uint8 or not fits:
+            raise ValueError(
+                f"pixels are {image.dtype}{image.shape}, not uint8 with 1 or 3 channels"
+            )
         return Image.fromarray(pixels).convert("RGB")
-    return Image.open(io.BytesIO(image)).convert("RGB")
+    found = Image.open(io.BytesIO(image))
+    if found.mode.startswith(("I", "F")):
+        raise ValueError(f"pixels are {found.mode}, not of 8 bits")
+    return found.convert("RGB")
 
 
 def train_crop(
@@ -200,6 +215,10 @@ class _Files:
     def __getitem__(self, i: int) -> dict[str, Any]:
         path, label = self._files[i]
         return {"image": Path(path).read_bytes(), "label": label}
+
+    def path(self, i: int) -> str:
+        """Where a record is read from."""
+        return self._files[i][0]
 
 
 class _Noise:

@@ -10,7 +10,6 @@ the batches that it would have seen, with any number of workers and of hosts.
 
 from collections.abc import Callable, Generator
 from functools import partial
-from typing import Any
 
 import grain
 import numpy as np
@@ -18,8 +17,9 @@ from absl.flags import FLAGS
 from jaxtyping import Float32, Int32, UInt8
 
 from lottery_flow.data import images as images_lib
+from lottery_flow.data import records
 from lottery_flow.data.arrays import batch_indices
-from lottery_flow.data.images import Images, Records
+from lottery_flow.data.images import Images
 
 # Examples that are decoded in one go, at most: a batch comes in such pieces.
 _PIECE = 64
@@ -78,11 +78,18 @@ def eval_batches(
     return _batches(make, batch_size, 0, n_batches, shard, n_workers)
 
 
-def examples(dataset: Images, records: Records, start: int, end: int) -> Batch:
-    """Records `start` to `end` - 1 of a split, cropped as in evaluation."""
-    found = [records[i] for i in range(start, min(end, len(records)))]
-    crop = partial(images_lib.eval_crop, size=dataset.size)
-    return _stack(dataset, [(crop(images_lib.decode(r["image"])), r) for r in found])
+def examples(dataset: Images, split: str, start: int, end: int) -> Batch:
+    """Records `start` to `end` - 1 of "train" or "test", cropped as in evaluation.
+
+    Raises:
+      UserError: a record that is of no use, see `records`.
+    """
+    n = len(dataset.train if split == "train" else dataset.test)
+    found = []
+    for i in range(start, min(end, n)):
+        image, label = records.read(dataset, split, i)
+        found.append((images_lib.eval_crop(image, dataset.size), label))
+    return _stack(dataset, found)
 
 
 def _batches(make: Callable, batch_size, start, stop, shard, n_workers) -> Stream:
@@ -127,17 +134,16 @@ def _train_piece(dataset: Images, seed: int, first: int, size: int) -> Batch:
     indices = batch_indices(seed, first // size, len(dataset.train), size)
     found = []
     for k, i in enumerate(indices.tolist(), start=first):
-        record = dataset.train[i]
+        image, label = records.read(dataset, "train", i)
         bits = np.random.Philox(np.random.SeedSequence([seed, k, 1]))
         rng = np.random.Generator(bits)
-        image = images_lib.decode(record["image"])
-        found.append((images_lib.train_crop(image, dataset.size, rng), record))
+        found.append((images_lib.train_crop(image, dataset.size, rng), label))
     return _stack(dataset, found)
 
 
 def _eval_piece(dataset: Images, first: int, size: int) -> Batch:
     """Test examples from `first` on, filled up with zeros."""
-    found = examples(dataset, dataset.test, first, first + size)
+    found = examples(dataset, "test", first, first + size)
     n_fill = size - len(found["label"])
     batch = found | {"weight": np.ones(len(found["label"]), np.float32)}
     return {
@@ -146,9 +152,8 @@ def _eval_piece(dataset: Images, first: int, size: int) -> Batch:
     }
 
 
-def _stack(dataset: Images, found: list[tuple[np.ndarray, dict[str, Any]]]) -> Batch:
-    pixels = [image for image, _ in found]
-    labels = [record["label"] for _, record in found]
+def _stack(dataset: Images, found: list[tuple[np.ndarray, int]]) -> Batch:
+    pixels, labels = [image for image, _ in found], [label for _, label in found]
     shape = (len(found), *dataset.spec.image_shape)
     return {
         "image": np.stack(pixels) if pixels else np.zeros(shape, np.uint8),

@@ -5,8 +5,10 @@ method: its gradient norm is taken over the first 1,000 training images. Decodin
 some 20 seconds, so the arrays are kept in `<data_dir>/.lottery_flow/` for next time.
 """
 
+import json
 import logging
 import os
+import re
 import shlex
 import uuid
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from lottery_flow.data import faults
 from lottery_flow.data.arrays import Arrays, Spec
 from lottery_flow.errors import UserError
 
@@ -109,14 +112,31 @@ def prepared_builder(name: str, directory: str) -> Any:
     Raises:
       UserError: it is not there, or TFDS does not know it.
     """
+    unknown = UserError(
+        f"data.name={name!r} is unknown; give digits, mnist, another name of TFDS, "
+        "folder:DIR or synthetic"
+    )
+    # What else TFDS takes for a name is code of others, which it would download, or
+    # has arguments of the builder in it.
+    if not re.fullmatch(r"[a-z]\w*(/[\w.-]+)?(:\d+\.\d+\.\d+)?", name, re.ASCII):
+        raise unknown
     import tensorflow_datasets as tfds  # half a second, and `digits` does without
 
+    folder = tfds.core.Path(directory) / re.split("[/:]", name)[0]
+    if foreign := _foreign_code(folder):
+        raise UserError(
+            f"data.name={name!r} in {directory} asks for the code of {foreign!r}, "
+            "which is none of TFDS's features and is not executed; prepare it anew"
+        )
     try:
         builder = tfds.builder(name, data_dir=directory)
     except tfds.core.DatasetNotFoundError as error:
+        raise unknown from error
+    except Exception as error:  # of a configuration or version that is not there
+        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"data.name={name!r} is unknown; give digits, mnist, another name of TFDS, "
-            "folder:DIR or synthetic"
+            f"data.name={name!r} in {directory} cannot be opened ({reason}); give a "
+            "configuration and a version that TFDS has, and a --config.data.dir"
         ) from error
     if not builder.is_prepared():
         raise UserError(
@@ -125,6 +145,33 @@ def prepared_builder(name: str, directory: str) -> Any:
             " the directory that has it."
         )
     return builder
+
+
+def _foreign_code(folder: Any) -> str | None:
+    """A class that a data set's features name, if TFDS would import it from elsewhere.
+
+    TFDS imports whatever module these files name.
+    """
+
+    def names(value):
+        if isinstance(value, dict):
+            found = value.get("pythonClassName", value.get("type"))
+            yield from [found] if isinstance(found, str) else []
+        for child in value.values() if isinstance(value, dict) else value:
+            if isinstance(child, dict | list):
+                yield from names(child)
+
+    # <version>/ or <configuration>/<version>/
+    found = [*folder.glob("*/features.json"), *folder.glob("*/*/features.json")]
+    for path in found:
+        try:
+            features = json.loads(path.read_text())
+        except (OSError, ValueError, RecursionError):
+            continue  # TFDS says so
+        for name in names(features if isinstance(features, dict) else {}):
+            if "." in name and not name.startswith("tensorflow_datasets."):
+                return name
+    return None
 
 
 def _check_sizes(builder: Any, spec: Spec, directory: str) -> None:
@@ -141,42 +188,44 @@ def _decode(builder: Any, spec: Spec, directory: str) -> Arrays:
     except NotImplementedError as error:
         raise wrong_format(builder, directory) from error
     try:
-        arrays = Arrays(*_decode_split(splits[0]), *_decode_split(splits[1]))
-    except RuntimeError as error:  # array_record's: a file is missing or damaged
+        arrays = Arrays(
+            *_decode_split("training", splits[0]),
+            *_decode_split("test", splits[1]),
+        )
+    except (RuntimeError, ValueError) as error:  # array_record's: a damaged file; ours
         raise _unusable(builder, directory, f"cannot be read ({error})") from error
-    if fault := _fault(arrays, spec):
+    if fault := faults.of_arrays(arrays, spec):
         raise _unusable(builder, directory, f"has {fault}")
     return arrays
 
 
-def _decode_split(source: Any) -> tuple[np.ndarray, np.ndarray]:
+def _decode_split(split: str, source: Any) -> tuple[np.ndarray, np.ndarray]:
     """Images, of whatever shape they have, and labels of one split."""
     images, labels = [], []
     for start in range(0, len(source), 1000):  # in blocks: twice as fast as one by one
         stop = min(start + 1000, len(source))
-        for example in source.__getitems__(range(start, stop)):
+        try:
+            block = source.__getitems__(range(start, stop))
+        except Exception:  # of one of them: which?
+            block = [_decode_one(split, source, i) for i in range(start, stop)]
+        for i, example in enumerate(block, start):
+            if images and example["image"].shape != images[0].shape:
+                raise ValueError(
+                    f"{split} image {i} is {example['image'].shape}, not "
+                    f"{images[0].shape}"
+                )
             images.append(example["image"])
             labels.append(example["label"])
     return np.stack(images), np.asarray(labels, np.int32)
 
 
-def _fault(arrays: Arrays, spec: Spec) -> str | None:
-    """What is wrong with the arrays, if anything."""
-    for split, n, images, labels in (
-        ("training", spec.n_train, arrays.train_images, arrays.train_labels),
-        ("test", spec.n_test, arrays.test_images, arrays.test_labels),
-    ):
-        shape = (n, *spec.image_shape)
-        if (images.shape, images.dtype) != (shape, np.uint8):
-            return f"{split} images {images.dtype}{images.shape}, not uint8{shape}"
-        if (labels.shape, labels.dtype) != ((n,), np.int32):
-            return f"{split} labels {labels.dtype}{labels.shape}, not int32{(n,)}"
-        if labels.min() < 0 or labels.max() >= spec.n_classes:
-            return (
-                f"{split} labels from {labels.min()} to {labels.max()},"
-                f" not within 0 to {spec.n_classes - 1}"
-            )
-    return None
+def _decode_one(split: str, source: Any, i: int) -> Any:
+    try:
+        return source[i]
+    except Exception as error:
+        raise ValueError(
+            f"{split} image {i}: {type(error).__name__}: {str(error)[:200]}"
+        ) from error
 
 
 def _unusable(builder: Any, directory: str, fault: str) -> UserError:
@@ -201,7 +250,7 @@ def _read_cache(path: Path, info: bytes, spec: Spec) -> Arrays | None:
             if file["info"].tobytes() != info:
                 return None  # prepared anew since
             arrays = Arrays(*(file[field] for field in Arrays._fields))
-        fault = _fault(arrays, spec)
+        fault = faults.of_arrays(arrays, spec)
         if fault is None:
             return arrays
     except FileNotFoundError:

@@ -40,8 +40,8 @@ def check_widths(widths: Sequence[Any], n: int | None = None) -> None:
     whole = all(isinstance(w, int) and w > 0 for w in widths)
     if not whole or n not in (None, len(widths)):
         raise ValueError(
-            f"widths={tuple(widths)} must be {n or 'some'} positive whole numbers; () "
-            "takes the network's own"
+            f"widths={tuple(widths)}: give {n or 'some'} positive whole numbers, or () "
+            "for the network's own"
         )
 
 

@@ -5,21 +5,24 @@ others are options of the rule.
 """
 
 from collections.abc import Callable
+from typing import Literal, TypeAlias
 
 from lottery_flow.sparsity import rules, rules_adaptive, rules_pruning
 from lottery_flow.sparsity.rules import Rule
+
+Timing: TypeAlias = Literal["after", "instead"]
 
 
 def _drop_grow(make: Callable[..., Rule]) -> Callable[..., Rule]:
     """Names the arguments that the family of SET and RigL hands on."""
 
-    def rule(is_due, fraction, timing="after", granularity=None) -> Rule:
+    def rule(is_due, fraction, timing: Timing = "after", granularity=None) -> Rule:
         return make(is_due, fraction, timing=timing, granularity=granularity)
 
     return rule
 
 
-def _signed(is_due, fraction, timing="after") -> Rule:
+def _signed(is_due, fraction, timing: Timing = "after") -> Rule:
     return rules.set_signed(is_due, fraction, timing=timing)
 
 

@@ -112,7 +112,7 @@ def test_folders(tmp_path):
     assert found.spec.image_shape == (16, 16, 3)
     assert found.spec[2:5] == (2, 5, 2)
     assert [found.train[i]["label"] for i in range(5)] == [0, 0, 1, 1, 1]
-    batch = stream.examples(found, found.train, 1, 5)
+    batch = stream.examples(found, "train", 1, 5)
     assert_array_equal(batch["label"], [0, 1, 1, 1])
     red, green = (batch["image"][..., c].mean(axis=(1, 2)) for c in (0, 1))
     np.testing.assert_allclose(red, [0, 40, 40, 40], atol=3)

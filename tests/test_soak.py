@@ -1,0 +1,101 @@
+"""A training that goes on for very long holds no more than one that has just begun.
+
+A hundred thousand steps: `pytest -m faults -s tests/test_soak.py`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fault_figures
+import numpy as np
+import pytest
+import run_cli
+import soak
+
+# Parameters and momentum in float32, and the mask; biases are few.
+STATE = 9 * (784 * soak.WIDTH + 10 * soak.WIDTH)
+
+
+def samples(directory: Path, steps: int, save: int, *flags: str, timeout=600):
+    """What a process held at each of its checkpoints."""
+    out = directory / "samples.json"
+    command = [sys.executable, str(Path(soak.__file__)), *flags]
+    command += [f"--steps={steps}", f"--save={save}", f"--out={out}"]
+    command += [f"--workdir={directory / 'runs'}"]
+    own = {
+        "PYTHONPATH": str(run_cli.ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "" if steps > 10_000 else "--xla_backend_optimization_level=0",
+    }
+    done = subprocess.run(
+        command,
+        env=os.environ | own,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    found = [soak.Sample(**own) for own in json.loads(out.read_text())]
+    assert found[-1].step == steps
+    return found
+
+
+def test_hundreds_of_steps_hold_nothing_and_what_is_held_is_found(tmp_path):
+    """In one process, which after half of its steps begins to leak all there is."""
+    flags = ("--leaks=state,arrays,file,thread,program", "--leaks_from=500")
+    found = samples(tmp_path, 750, 25, *flags)
+    half = [sample.step for sample in found].index(500)
+    assert soak.problems(found[:half], STATE) == []
+    names = [p.partition(":")[0] for p in soak.problems(found[half:], STATE)]
+    assert names == ["resident", "arrays", "files", "threads", "programs"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", soak.Sample._fields[1:])
+def test_one_leak_among_noise_is_found_and_noise_alone_is_not(seed, name):
+    rng = np.random.default_rng(seed)
+    n, leaked = 60, {"resident": STATE, "arrays": STATE}.get(name, 1)
+
+    def sample(i, more):
+        held = {
+            "resident": 6 * 10**8 + int(rng.normal(0, 10**6)),
+            "arrays": 8 * 10**6,
+            "files": 30 + int(rng.integers(0, 6)),
+            "threads": 38 + int(rng.integers(0, 4)),
+            "programs": 16,
+        }
+        held[name] += more * i
+        return soak.Sample(i, **held)
+
+    assert soak.problems([sample(i, 0) for i in range(n)], STATE) == []
+    (problem,) = soak.problems([sample(i, leaked) for i in range(n)], STATE)
+    assert problem.startswith(f"{name}: ")
+
+
+@pytest.mark.faults
+def test_a_hundred_thousand_steps_hold_nothing(tmp_path):
+    steps, save = 100_000, 500
+    found = samples(tmp_path, steps, save, timeout=7200)
+    wrong = soak.problems(found, STATE)
+    own = found[int(soak.WARM * len(found)) :]
+    for_ten_thousand = 10_000 / save / 1e6
+    fault_figures.append(
+        "soak",
+        steps,
+        steps if not wrong else 0,
+        megabytes_per_10000_steps=round(
+            soak.slope([s.resident for s in own]) * for_ten_thousand, 3
+        ),
+        megabytes_of_one_state_per_checkpoint=round(STATE * for_ten_thousand, 1),
+        resident_megabytes=[round(s.resident / 1e6, 1) for s in (own[0], own[-1])],
+        files=[own[0].files, own[-1].files],
+        threads=[own[0].threads, own[-1].threads],
+        programs=[own[0].programs, own[-1].programs],
+        checkpoints=len(found),
+    )
+    assert wrong == []
