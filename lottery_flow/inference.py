@@ -66,7 +66,10 @@ def load(
         shape = _frozen(about["image_shape"])
         model = models.create(about["name"], shape, about["n_classes"], **own)
         mean, std = _frozen(about["mean"]), _frozen(about["std"])
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (
+        *(AttributeError, KeyError, TypeError, ValueError, OverflowError),
+        RecursionError,
+    ) as error:
         raise ValueError(
             f"{path} does not say what network it holds; give its model to "
             "inference.make"
@@ -107,13 +110,20 @@ def make(
       execution: see `load`.
 
     Raises:
-      ValueError: an unknown `execution`.
+      ValueError: an unknown `execution`; parameters of another network.
     """
     if execution not in EXECUTIONS:
         raise ValueError(
             f"execution={execution!r}: choose one of {', '.join(EXECUTIONS)}"
         )
-    named = masks_lib.named_leaves(masks)
+    named, leaves = masks_lib.named_leaves(masks), masks_lib.named_leaves(params)
+    for name, layer in model.layers.items():
+        found = np.shape(leaves[name]) if name in leaves else "none"
+        if found != layer.kernel_shape:
+            raise ValueError(
+                f"the model's kernel {name} has the shape {layer.kernel_shape}, that "
+                f"of the parameters: {found}; give those of this model"
+            )
     n_active = {
         name: int(np.count_nonzero(named[name]))
         for name in model.layers

@@ -1,5 +1,7 @@
 """Exported networks as functions of images: the masked network's logits."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import layer_kinds
@@ -80,6 +82,25 @@ def test_mistakes(network, tmp_path):
     with pytest.raises(ValueError, match=r"execution='fast': choose one of auto, "):
         make(network, execution="fast")
     _, variables, masks = network
-    export.save(tmp_path / "net", variables["params"], masks, about={"model": "{}"})
-    with pytest.raises(ValueError, match="does not say what network it holds"):
+    whole = {
+        "name": "mlp",
+        "options": {},
+        "image_shape": [28, 28, 1],
+        "n_classes": 10,
+        "mean": [0.0],
+        "std": [1.0],
+    }
+    for changed in (
+        *({}, [], "[" * 100_000, whole | {"options": 3}, whole | {"name": "os.system"}),
+        *(whole | {"n_classes": "10"}, whole | {"options": {"widths": [-3]}}),
+        whole | {"image_shape": 5},
+    ):
+        text = changed if isinstance(changed, str) else json.dumps(changed)
+        about = {"model": text}
+        export.save(tmp_path / "net", variables["params"], masks, about=about)
+        with pytest.raises(ValueError, match="does not say what network it holds"):
+            inference.load(tmp_path / "net")
+    about = {"model": json.dumps(whole)}
+    export.save(tmp_path / "net", variables["params"], masks, about=about)
+    with pytest.raises(ValueError, match=r"fc1 has the shape \(784, 300\)"):
         inference.load(tmp_path / "net")
