@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from lottery_flow import (
     checkpoint,
     data,
+    disk,
     lock,
     metrics,
     parallel,
@@ -62,8 +63,8 @@ def train(
     Raises:
       UserError: runs that cannot be trained together, or that another process is
         training; data, masks or weights that are missing; no undamaged checkpoint; a
-        loss that is not finite any more. A member that diverges does not stop the
-        others: they are finished first.
+        disk that takes no more; a loss that is not finite any more. A member that
+        diverges does not stop the others: they are finished first.
       Stopped: SIGTERM came; everything is saved, and the same call goes on.
     """
     shared = started[0].job.setting
@@ -74,7 +75,8 @@ def train(
                     f"{name} differs between members, which are trained together and "
                     "need the same; train them apart"
                 )
-    with contextlib.ExitStack() as locks:
+    roots = [run.paths.root for run in started]
+    with disk.told(roots), contextlib.ExitStack() as locks:
         if parallel.is_first():
             for run in started:
                 locks.enter_context(lock.hold(run.paths.root))
