@@ -61,6 +61,7 @@ class Loop(NamedTuple):
     knobs: Any
     chunk: int  # steps that one program takes at most
     rewires: np.ndarray  # whether the update after n others rewires
+    has_row: np.ndarray  # whether there is a row after n updates
     learning_rate: list[np.ndarray]
     drop_fraction: list[np.ndarray | None]
     paths: dict[str, str]  # of linear layers, see `plans`; {}: all are dense
@@ -114,7 +115,7 @@ class Loop(NamedTuple):
             last = done == job.total_steps
             saves = last or done % job.checkpoint_every == 0
             evaluates = last or (job.eval_every and done % job.eval_every == 0)
-            if saves or evaluates or rewires or done % job.log_every == 0:
+            if self.has_row[done]:
                 self._check(state, pending, saved)
                 pending = None
                 self._record(state, done, saved, measured, before, bool(evaluates))
@@ -281,6 +282,22 @@ class Loop(NamedTuple):
             rows.append(row)
         if rows:
             self.progress.report(rows)
+
+
+def with_rows(job: Job, rewires: np.ndarray) -> np.ndarray:
+    """Whether there is a row of metrics after n updates, for n from 0 on.
+
+    Args:
+      job: of the run.
+      rewires: whether the update after n others rewires.
+    """
+    steps = np.arange(job.total_steps + 1)
+    found = (steps == job.total_steps) | (steps % job.log_every == 0)
+    found |= steps % job.checkpoint_every == 0
+    if job.eval_every:
+        found |= steps % job.eval_every == 0
+    found[1:] |= rewires[:-1].astype(bool)
+    return found
 
 
 @jax.jit

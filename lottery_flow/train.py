@@ -34,7 +34,7 @@ from lottery_flow import (
 from lottery_flow.errors import UserError
 from lottery_flow.feed import Data
 from lottery_flow.job import Job
-from lottery_flow.loop import Loop, Result, Run
+from lottery_flow.loop import Loop, Result, Run, with_rows
 from lottery_flow.progress import Progress
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.sparsity.rules import is_rewire
@@ -140,6 +140,12 @@ def _train(
             f"train.execution={job.execution!r} needs members that take turns on one "
             "device; write train.population=one_by_one, or train.execution=dense"
         )
+    rewires = table(partial(is_rewire, job.rule), job)
+    has_row = with_rows(job, rewires)
+    if parallel.is_first() and step:
+        kept = np.flatnonzero(has_row[: step + 1]).tolist()
+        for run in members:
+            metrics.check_whole(run.paths.metrics, kept)
     if parallel.is_first():
         for run, damaged in zip(members, restart.damaged, strict=True):
             runs.claim(run.paths, run.record)
@@ -168,7 +174,8 @@ def _train(
             sizes={k: v.size for k, v in masks_lib.layers(states[0].params).items()},
             knobs=pop.join([run.job.knobs for run in members]),
             chunk=1 if streamed else population.chunk_steps(job.chunk_steps),
-            rewires=table(partial(is_rewire, job.rule), job),
+            rewires=rewires,
+            has_row=has_row,
             learning_rate=[table(run.job.learning_rate, job) for run in members],
             asked_to_stop=asked_to_stop,
             failed={},

@@ -113,6 +113,7 @@ def in_process(*args: str, module: types.ModuleType = main) -> Outcome:
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         patch.setattr(sys, "argv", ["command", *args])
+        patch.setattr(sys, "unraisablehook", sys.unraisablehook)  # is put back
         own = flags.FlagValues()
         for name in flags.FLAGS:  # which grain looks at
             if name.startswith("grain"):
