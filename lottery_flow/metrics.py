@@ -64,10 +64,11 @@ def check_whole(path: Path, wanted: Iterable[int]) -> None:
         )
     missing = sorted(set(wanted) - set(found))
     if missing:
+        step = missing[0]
         raise UserError(
-            f"{path} has no row of step {missing[0]}, though the run is beyond it; bring "
-            f"the file back from a copy, or move the checkpoints from step {missing[0]} "
-            "on away to have it made again"
+            f"{path} has no row of step {step}, though the run is beyond it; bring the "
+            f"file back from a copy, or move the checkpoints from step {step} on away "
+            "to have it made again"
         )
 
 

@@ -65,11 +65,14 @@ def raw(run: Path, step: int) -> dict[str, tuple[str, bytes]]:
     """Every array of a checkpoint by its path: type and bytes."""
     found = {}
     for item in ("network", "training"):
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore(
-                (run / "checkpoints" / str(step) / item).absolute()
-            )
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        path = (run / "checkpoints" / str(step) / item).absolute()
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(path).item_metadata.tree
+            # Whatever the devices were that it was saved from.
+            own = ocp.RestoreArgs(restore_type=np.ndarray)
+            args = jax.tree.map(lambda _, own=own: own, tree)
+            restored = checkpointer.restore(path, restore_args=args)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(restored):
             if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 leaf = jax.random.key_data(leaf)
             array = np.asarray(leaf)
@@ -85,12 +88,12 @@ def _differences(found: Path, whole: Path) -> list[str]:
         if mine != theirs:
             told.append(f"{name} is not the same")
     # A finished run is left as it is: with the lock of whom a kill kept from more.
-    names = {p.name for p in found.iterdir()} - {"lock"}
-    if names != {p.name for p in whole.iterdir()}:
+    names = {p.name for p in found.glob("*")} - {"lock"}
+    if names != {p.name for p in whole.glob("*")}:
         told.append(f"its files are {sorted(names)}")
     directory = found / "checkpoints"
-    odd = [p.name for p in directory.iterdir() if not p.name.split(".")[0].isdigit()]
-    odd += [p.name for p in directory.iterdir() if "tmp" in p.name]
+    there = [p.name for p in directory.glob("*")]
+    odd = [k for k in there if "tmp" in k or not k.split(".")[0].isdigit()]
     return told + [f"{odd} are left"] * bool(odd)
 
 

