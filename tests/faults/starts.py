@@ -87,7 +87,10 @@ def started(
 def end(
     args: list[str], fault: Fault = NONE, cache: Path | None = None
 ) -> run_cli.Outcome:
-    """Starts the program with a fault and waits until it ends."""
+    """Starts the program with a fault and waits until it ends, and all that it began.
+
+    What it began, as workers, has its stderr, which is read to the end.
+    """
     with started(args, fault, cache) as process:
         _, err = process.communicate(timeout=run_cli.TIMEOUT)
     return run_cli.Outcome(process.returncode, "", err)
