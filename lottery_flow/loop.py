@@ -284,22 +284,6 @@ class Loop(NamedTuple):
             self.progress.report(rows)
 
 
-def with_rows(job: Job, rewires: np.ndarray) -> np.ndarray:
-    """Whether there is a row of metrics after n updates, for n from 0 on.
-
-    Args:
-      job: of the run.
-      rewires: whether the update after n others rewires.
-    """
-    steps = np.arange(job.total_steps + 1)
-    found = (steps == job.total_steps) | (steps % job.log_every == 0)
-    found |= steps % job.checkpoint_every == 0
-    if job.eval_every:
-        found |= steps % job.eval_every == 0
-    found[1:] |= rewires[:-1].astype(bool)
-    return found
-
-
 @jax.jit
 def _are_finite(params: Any) -> dict[str, Any]:
     named = masks_lib.named_leaves(params)

@@ -34,7 +34,7 @@ from lottery_flow import (
 from lottery_flow.errors import UserError
 from lottery_flow.feed import Data
 from lottery_flow.job import Job
-from lottery_flow.loop import Loop, Result, Run, with_rows
+from lottery_flow.loop import Loop, Result, Run
 from lottery_flow.progress import Progress
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.sparsity.rules import is_rewire
@@ -233,3 +233,19 @@ def start(
 def table(schedule: Callable, job: Job) -> np.ndarray:
     """The values of a schedule at steps 0 to total_steps, on the host."""
     return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(job.total_steps + 1)))
+
+
+def with_rows(job: Job, rewires: np.ndarray) -> np.ndarray:
+    """Whether there is a row of metrics after n updates, for n from 0 on.
+
+    Args:
+      job: of the run.
+      rewires: whether the update after n others rewires.
+    """
+    steps = np.arange(job.total_steps + 1)
+    found = (steps == job.total_steps) | (steps % job.log_every == 0)
+    found |= steps % job.checkpoint_every == 0
+    if job.eval_every:
+        found |= steps % job.eval_every == 0
+    found[1:] |= rewires[:-1].astype(bool)
+    return found

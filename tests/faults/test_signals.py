@@ -7,7 +7,7 @@ from faults import starts
 from faults.compare import compare
 
 ASKED = [
-    {"at": "compile", "n": 3},
+    {"at": "compile", "n": 15},
     {"at": "step", "n": 101},
     {"at": "rewire", "n": 9, "delay": 0.002},
     {"at": "save", "n": 4, "delay": 0.01},
