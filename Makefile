@@ -6,13 +6,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test faults lint bench clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python -m lottery_flow.main --config=configs/quickstart.py --workdir=runs
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+# The short part of these is in `make test`. Without root no disk can be mounted and
+# filled: unshare --user --map-root-user --mount make faults
+faults: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal \
+		tests/faults tests/test_bad_input.py tests/test_soak.py \
+		-m 'faults or not faults' --reliability=results/reliability.md
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

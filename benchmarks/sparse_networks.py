@@ -42,6 +42,8 @@ def setting(name: str, side: int, batch: int, sparsity: float, widths=(), **trai
         "sparsity.sparsity": sparsity,
         "sparsity.distribution": "erdos_renyi_kernel",
         "train.batch_size": batch,
+        "train.probe_examples": 10,
+        "sparsity.grow_examples": 10,
     }
     own |= {f"train.{k}": v for k, v in train.items()}
     config.update_from_flattened_dict(own)

@@ -12,7 +12,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from lottery_flow import allocator, check_kinds, command_errors
-from lottery_flow.errors import UserError
+from lottery_flow.errors import DiskError, UserError
 from lottery_flow.stopping import Stopped
 
 # Exit status of a run that goes on when it is started again: EX_TEMPFAIL of sysexits.h.
@@ -32,6 +32,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     def guarded(argv):
         try:
             main(argv)
+        except DiskError as error:
+            _leave(f"error: {error}", 2)
         except UserError as error:
             _fail(error)
         except Stopped as stopped:
@@ -44,7 +46,13 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
                 _fail(command_errors.memory(error))
             if jax.process_count() == 1:
                 raise
-            _leave(error)
+            reason = " ".join(str(error).split())[:300]
+            _leave(
+                f"error: process {jax.process_index()} of {jax.process_count()} lost "
+                f"another one ({reason}); start all of them again, they go on from the "
+                "newest checkpoint",
+                AGAIN,
+            )
 
     def parse(argv):
         try:
@@ -102,6 +110,9 @@ def prepare(level: int = logging.INFO) -> None:
     """
     allocator.keep_freed_memory()
     absl_logging.set_verbosity(absl_logging.WARNING)
+    # What goes wrong in threads of orbax is raised where we wait for them.
+    absl_logging.get_absl_logger().addFilter(_is_no_traceback)
+    sys.unraisablehook = _all_but_closed_loops
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("lottery_flow")
@@ -110,16 +121,22 @@ def prepare(level: int = logging.INFO) -> None:
     logger.propagate = False
 
 
-def _leave(error: Exception) -> NoReturn:
-    """Ends one of many processes after it lost another."""
-    reason = " ".join(str(error).split())[:300]
-    sys.stderr.write(
-        f"error: process {jax.process_index()} of {jax.process_count()} lost another "
-        f"one ({reason}); start all of them again, they go on from the newest "
-        "checkpoint\n"
-    )
+def _is_no_traceback(log: logging.LogRecord) -> bool:
+    return not log.exc_info
+
+
+def _all_but_closed_loops(found) -> None:
+    """After a failed write others of the same checkpoint find nobody to answer to."""
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
+
+
+def _leave(message: str, status: int) -> NoReturn:
+    """Ends at once: an orderly end would wait for what does not come any more."""
+    sys.stdout.flush()
+    sys.stderr.write(f"{message}\n")
     sys.stderr.flush()
-    os._exit(AGAIN)  # an orderly end would wait for the lost one, too
+    os._exit(status)
 
 
 def _fail(message: object) -> NoReturn:

@@ -50,11 +50,14 @@ def hold(directory: Path) -> Iterator[None]:
             "directory that you may write to"
         ) from error
     try:
-        os.write(file, json.dumps(_me()).encode())
+        with contextlib.suppress(OSError):  # of a full disk; it is only for the message
+            os.write(file, json.dumps(_me()).encode())
         yield
     finally:
         # Before it is given back: whoever opened it meanwhile sees that it is gone.
-        path.unlink(missing_ok=True)
+        # A file that cannot be deleted any more is no obstacle.
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
         os.close(file)
         for own in made:
             with contextlib.suppress(OSError):

@@ -62,6 +62,7 @@ class Loop(NamedTuple):
     knobs: Any
     chunk: int  # steps that one program takes at most
     rewires: np.ndarray  # whether the update after n others rewires
+    has_row: np.ndarray  # whether there is a row after n updates
     learning_rate: list[np.ndarray]
     drop_fraction: list[np.ndarray | None]
     paths: dict[str, str]  # of layers, see `plans`; {}: all are dense
@@ -119,7 +120,7 @@ class Loop(NamedTuple):
             last = done == job.total_steps
             saves = last or done % job.checkpoint_every == 0
             evaluates = last or (job.eval_every and done % job.eval_every == 0)
-            if saves or evaluates or rewires or done % job.log_every == 0:
+            if self.has_row[done]:
                 self._check(state, pending, saved)
                 pending = None
                 state = storage.unpack(state, plans)

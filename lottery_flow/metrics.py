@@ -4,11 +4,12 @@ A row describes the network after `step` updates. Rows hold nothing that depends
 the clock, so that an interrupted run ends with the same file as one that was not.
 """
 
+import itertools
 import json
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +31,45 @@ def read(path: Path) -> list[Row]:
     """
     if not path.exists():
         return []
-    lines = path.read_text(errors="replace").split("\n")
+    lines = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            if type(row["step"]) is not int:
+                raise ValueError("the step is no number")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(
-                f"{path} is damaged in line {number}; mend or delete that line, or "
-                "give another --workdir"
-            )
+                f"{path} is damaged in line {number}; mend that line, or bring the "
+                "file back from a copy"
+            ) from error
         rows.append(row)
     return rows
+
+
+def check_whole(path: Path, wanted: Iterable[int]) -> None:
+    """Checks that no row was lost that no step would write again.
+
+    Args:
+      path: of the file.
+      wanted: the steps that must have a row.
+
+    Raises:
+      UserError: naming the first that is missing.
+    """
+    found = [row["step"] for row in read(path)]
+    if any(a >= b for a, b in itertools.pairwise(found)):
+        raise UserError(
+            f"{path} has rows twice or out of order; bring it back from a copy"
+        )
+    missing = sorted(set(wanted) - set(found))
+    if missing:
+        step = missing[0]
+        raise UserError(
+            f"{path} has no row of step {step}, though the run is beyond it; bring the "
+            f"file back from a copy, or move the checkpoints from step {step} on away "
+            "to have it made again"
+        )
 
 
 class Writer:

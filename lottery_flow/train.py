@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from lottery_flow import (
     checkpoint,
     data,
+    disk,
     lock,
     metrics,
     parallel,
@@ -63,8 +64,8 @@ def train(
     Raises:
       UserError: runs that cannot be trained together, or that another process is
         training; data, masks or weights that are missing; no undamaged checkpoint; a
-        loss that is not finite any more. A member that diverges does not stop the
-        others: they are finished first.
+        disk that takes no more; a loss that is not finite any more. A member that
+        diverges does not stop the others: they are finished first.
       Stopped: SIGTERM came; everything is saved, and the same call goes on.
     """
     shared = started[0].job.setting
@@ -75,7 +76,8 @@ def train(
                     f"{name} differs between members, which are trained together and "
                     "need the same; train them apart"
                 )
-    with contextlib.ExitStack() as locks:
+    roots = [run.paths.root for run in started]
+    with disk.told(roots), contextlib.ExitStack() as locks:
         if parallel.is_first():
             for run in started:
                 locks.enter_context(lock.hold(run.paths.root))
@@ -144,6 +146,12 @@ def _train(
                 f"train.{field}={own!r} needs members that take turns on one device; "
                 f"write train.population=one_by_one, or train.{field}={usual}"
             )
+    rewires = table(partial(is_rewire, job.rule), job)
+    has_row = with_rows(job, rewires)
+    if parallel.is_first() and step:
+        kept = np.flatnonzero(has_row[: step + 1]).tolist()
+        for run in members:
+            metrics.check_whole(run.paths.metrics, kept)
     if parallel.is_first():
         for run, damaged in zip(members, restart.damaged, strict=True):
             runs.claim(run.paths, run.record)
@@ -172,7 +180,8 @@ def _train(
             sizes={k: v.size for k, v in masks_lib.layers(states[0].params).items()},
             knobs=pop.join([run.job.knobs for run in members]),
             chunk=1 if streamed else population.chunk_steps(job.chunk_steps),
-            rewires=table(partial(is_rewire, job.rule), job),
+            rewires=rewires,
+            has_row=has_row,
             learning_rate=[table(run.job.learning_rate, job) for run in members],
             asked_to_stop=asked_to_stop,
             failed={},
@@ -233,3 +242,19 @@ def start(
 def table(schedule: Callable, job: Job) -> np.ndarray:
     """The values of a schedule at steps 0 to total_steps, on the host."""
     return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(job.total_steps + 1)))
+
+
+def with_rows(job: Job, rewires: np.ndarray) -> np.ndarray:
+    """Whether there is a row of metrics after n updates, for n from 0 on.
+
+    Args:
+      job: of the run.
+      rewires: whether the update after n others rewires.
+    """
+    steps = np.arange(job.total_steps + 1)
+    found = (steps == job.total_steps) | (steps % job.log_every == 0)
+    found |= steps % job.checkpoint_every == 0
+    if job.eval_every:
+        found |= steps % job.eval_every == 0
+    found[1:] |= rewires[:-1].astype(bool)
+    return found

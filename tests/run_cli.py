@@ -11,7 +11,7 @@ import sys
 import tempfile
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,6 +113,7 @@ def in_process(*args: str, module: types.ModuleType = main) -> Outcome:
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         patch.setattr(sys, "argv", ["command", *args])
+        patch.setattr(sys, "unraisablehook", sys.unraisablehook)  # is put back
         own = flags.FlagValues()
         for name in flags.FLAGS:  # which grain looks at
             if name.startswith("grain"):
@@ -131,18 +132,24 @@ def in_process(*args: str, module: types.ModuleType = main) -> Outcome:
 
 @contextlib.contextmanager
 def process(
-    *args: str, n_devices: int | None = None, **kwargs: object
+    *args: str,
+    n_devices: int | None = None,
+    module: str = "lottery_flow.main",
+    environment: Mapping[str, str] | None = None,
+    **kwargs: object,
 ) -> Iterator[subprocess.Popen]:
     """The program as a process, which is dead when the context ends.
 
     Args:
       args: the command line.
       n_devices: simulated devices; None: as many as here.
+      module: that is run.
+      environment: more variables.
       kwargs: to `subprocess.Popen`.
     """
-    command = [sys.executable, "-m", "lottery_flow.main", *args]
-    environment = os.environ | {k: str(v) for k, v in CACHE.items()}
-    environment |= {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", module, *args]
+    environment = {k: str(v) for k, v in CACHE.items()} | dict(environment or {})
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
     if n_devices is not None:
         flags_ = environment["XLA_FLAGS"].split()
         count = "--xla_force_host_platform_device_count"

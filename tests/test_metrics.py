@@ -58,6 +58,31 @@ def test_rows_after_the_restored_step_are_forgotten(tmp_path, last_step):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.parametrize(
+    "line", [b"[]", b"{}", b'{"step": "5"}', b"\xb7", b'{"step": 0} {"step": 5}', b""]
+)
+def test_a_line_that_is_no_row(tmp_path, line):
+    (tmp_path / "m").write_bytes(b'{"step": 0}\n' + line + b"\n")
+    with pytest.raises(UserError, match="m is damaged in line 2; mend that line"):
+        metrics.read(tmp_path / "m")
+
+
+def test_rows_that_were_lost_are_told(tmp_path):
+    write(tmp_path / "m", [0, 5, 10, 12])
+    metrics.check_whole(tmp_path / "m", [0, 5, 10])
+    with pytest.raises(UserError, match=r"no row of step 7, .* from step 7 on away"):
+        metrics.check_whole(tmp_path / "m", [0, 5, 7, 9, 10])
+    with pytest.raises(UserError, match="no row of step 0"):
+        metrics.check_whole(tmp_path / "none", [0])
+
+
+@pytest.mark.parametrize("steps", [[0, 5, 5], [0, 10, 5]])
+def test_rows_twice_or_out_of_order_are_told(tmp_path, steps):
+    (tmp_path / "m").write_text("".join(f'{{"step": {s}}}\n' for s in steps))
+    with pytest.raises(UserError, match="rows twice or out of order"):
+        metrics.check_whole(tmp_path / "m", [0, 5])
+
+
 def test_what_is_no_number_is_never_written(tmp_path):
     with metrics.Writer(tmp_path / "m", -1) as writer, pytest.raises(ValueError):
         writer.write({"step": 0, "loss": math.nan})

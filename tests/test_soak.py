@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fault_figures
 import numpy as np
 import pytest
 import run_cli
@@ -78,24 +77,24 @@ def test_one_leak_among_noise_is_found_and_noise_alone_is_not(seed, name):
 
 
 @pytest.mark.faults
-def test_a_hundred_thousand_steps_hold_nothing(tmp_path):
+def test_a_hundred_thousand_steps_hold_nothing(tmp_path, record_property):
     steps, save = 100_000, 500
     found = samples(tmp_path, steps, save, timeout=7200)
     wrong = soak.problems(found, STATE)
     own = found[int(soak.WARM * len(found)) :]
     for_ten_thousand = 10_000 / save / 1e6
-    fault_figures.append(
-        "soak",
-        steps,
-        steps if not wrong else 0,
-        megabytes_per_10000_steps=round(
-            soak.slope([s.resident for s in own]) * for_ten_thousand, 3
-        ),
-        megabytes_of_one_state_per_checkpoint=round(STATE * for_ten_thousand, 1),
-        resident_megabytes=[round(s.resident / 1e6, 1) for s in (own[0], own[-1])],
-        files=[own[0].files, own[-1].files],
-        threads=[own[0].threads, own[-1].threads],
-        programs=[own[0].programs, own[-1].programs],
-        checkpoints=len(found),
+    growth = soak.slope([s.resident for s in own]) * for_ten_thousand
+
+    def ends(name):
+        first, last = (getattr(s, name) for s in (own[0], own[-1]))
+        return f"{first:,} to {last:,}"
+
+    record_property(
+        "long",
+        f"{steps:,} steps of the MLP with {steps // 50:,} rewires and {len(found)} "
+        f"checkpoints: after the first {soak.WARM:.0%} of them, resident memory "
+        f"{ends('resident')} bytes ({growth:.2f} MB in 10,000 steps; one state kept by each checkpoint would be "
+        f"{STATE * for_ten_thousand:.1f}), open files {ends('files')}, threads "
+        f"{ends('threads')}, compiled programs {ends('programs')}.",
     )
     assert wrong == []

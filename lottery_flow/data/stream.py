@@ -8,6 +8,9 @@ crop, depends on the seed and on k alone. So a run that starts again at any step
 the batches that it would have seen, with any number of workers and of hosts.
 """
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Generator
 from functools import partial
 
@@ -109,8 +112,21 @@ def _batches(make: Callable, batch_size, start, stop, shard, n_workers) -> Strea
         if not FLAGS.is_parsed():  # in a notebook; grain asks for flags of its own
             FLAGS.mark_as_parsed()
         workers = grain.MultiprocessingOptions(n_workers, per_worker_buffer_size=2)
-        stream = stream.mp_prefetch(workers)
+        stream = stream.mp_prefetch(workers, _end_with_parent)
     return _closed_at_its_end(stream.batch(n_pieces, batch_fn=_join))
+
+
+def _end_with_parent(worker: int, n_workers: int) -> None:
+    """A worker outlives no process that was killed."""
+    del worker, n_workers
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_wait_for_end, args=(parent,), daemon=True).start()
+
+
+def _wait_for_end(parent) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _closed_at_its_end(batches: grain.IterDataset) -> Stream:
