@@ -93,8 +93,9 @@ def test_a_hundred_thousand_steps_hold_nothing(tmp_path, record_property):
         "long",
         f"{steps:,} steps of the MLP with {steps // 50:,} rewires and {len(found)} "
         f"checkpoints: after the first {soak.WARM:.0%} of them, resident memory "
-        f"{ends('resident')} bytes ({growth:.2f} MB in 10,000 steps; one state kept by each checkpoint would be "
-        f"{STATE * for_ten_thousand:.1f}), open files {ends('files')}, threads "
+        f"{ends('resident')} bytes ({growth:.2f} MB in 10,000 steps; one state kept "
+        f"by each checkpoint would be {STATE * for_ten_thousand:.1f}), open files "
+        f"{ends('files')}, threads "
         f"{ends('threads')}, compiled programs {ends('programs')}.",
     )
     assert wrong == []
