@@ -1,9 +1,11 @@
 """Every method on LeNet-5 and MNIST at four sparsities, with equal steps.
 
 Beyond the paper: what each method of `configs/` that trains once makes of the same
-1,172 steps (a tenth of the paper's, all schedules in proportion) from the per-neuron
-initialisation; those that need masks of another run are in `accuracy_table`. Methods
-whose sparsity follows from the data have one row, at the sparsity they came to.
+1,172 steps (a tenth of the paper's, all schedules in proportion). All start from the
+per-neuron initialisation but for pruning before training: that keeps the weights that
+it scored, as its sources do, and would choose the largest of those that are scaled up
+after. Those that need masks of another run are in `accuracy_table`. Methods whose
+sparsity follows from the data have one row, at the sparsity they came to.
 """
 
 import numpy as np
@@ -52,6 +54,8 @@ FROM_RANDOM = {
     *("scratch", "set", "set_signed", "rigl", "rigl_inverted", "rigl_grad_sign"),
     *("rigl_channel", "rigl_2_4", "snfs", "dsr"),
 }
+# Their weights are those that were scored.
+AT_INIT = {"magnitude", "snip", "snip_iterative", "grasp", "synflow", "fisher"}
 # Beside the schedules what so few steps need: more frequent prunings, a threshold that
 # is nearer, and rates that cross the distance to a weight's end.
 _FAST = (("optim.learning_rate", 0.01),)
@@ -71,7 +75,8 @@ def runs(setup: Setup) -> list[Training]:
     """Every method at every sparsity."""
 
     def training(method: str, arg: str) -> Training:
-        init = "masked_dense" if method == "dense" else "per_neuron"
+        kept = method == "dense" or method in AT_INIT
+        init = "masked_dense" if kept else "per_neuron"
         fields = FIELDS.get(method, ())
         masks = "random" if method in FROM_RANDOM else ""
         arg = f"{arg}length={LENGTH}"
