@@ -195,7 +195,8 @@ class _Files:
     def __init__(self, directory: Path) -> None:
         if not directory.is_dir():
             raise UserError(
-                f"{directory} is missing; it holds a directory of images for each class"
+                f"data.name: {directory} is missing; it holds a directory of images "
+                "for each class"
             )
         self.classes = sorted(p.name for p in directory.iterdir() if p.is_dir())
         self._files = [
