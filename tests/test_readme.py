@@ -1,18 +1,23 @@
 """The README's own code runs."""
 
+import json
 import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import run_cli
+
+from lottery_flow import build, export
 
 README = Path(__file__).parents[1] / "README.md"
 
 
 def blocks() -> list[str]:
-    """Its code in Python: analysis, a loop, a method."""
+    """Its code in Python: analysis, a loop, a method, an exported network."""
     found = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(found) == 3
+    assert len(found) == 4
     return found
 
 
@@ -55,3 +60,15 @@ def test_the_analysis_of_the_readme_runs():
     assert len(scope["everything"].frame()) == n == scope["density"].n
     top = scope["everything"].eigenvalues[::-1][:5]
     assert jnp.allclose(scope["top"].values, top, atol=1e-3 * top[0])
+
+
+def test_the_exported_network_of_the_readme_is_used(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = run_cli.small_config()
+    job = build.build(config, 0)
+    network = job.make_network()
+    about = {"model": json.dumps(build.description(config))}
+    export.save("rigl.model", network.params, network.masks, about=about)
+    scope = {"images": np.full((16, 28, 28, 1), 100, np.uint8)}
+    exec(blocks()[3], scope)
+    assert scope["logits"].shape == (16, 10)
