@@ -33,7 +33,10 @@ def main() -> None:
     parser.add_argument("--data_dir", default="", help="of TFDS, for MNIST")
     parser.add_argument("--n_steps", type=int, default=1000, help="of the run")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each way")
+    parser.add_argument("--only", nargs="*", help="networks of steps and inference")
     args = parser.parse_args()
+    if args.only:
+        sparse_networks.keep(args.only)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("lottery_flow").setLevel(logging.INFO)
     allocator.keep_freed_memory()  # as main.py does

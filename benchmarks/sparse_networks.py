@@ -29,6 +29,13 @@ INFERENCE = (("mlp", 28), ("lenet5", 28), ("resnet50", 224))
 SPARSITIES = (0.5, 0.9, 0.95, 0.98)
 
 
+def keep(names: list[str]) -> None:
+    """Leaves the other networks out."""
+    global NETWORKS, INFERENCE
+    NETWORKS = tuple(n for n in NETWORKS if n[0] in names)
+    INFERENCE = tuple(n for n in INFERENCE if n[0] in names)
+
+
 def setting(name: str, side: int, batch: int, sparsity: float, widths=(), **train: Any):
     """The job of RigL on a network, and its state before the first step."""
     config = config_lib.default()
