@@ -72,7 +72,7 @@ def problems(samples: list[Sample], state_bytes: int) -> list[str]:
     """What grew from checkpoint to checkpoint, after the warm-up.
 
     Memory may grow by a quarter of a state for each checkpoint: a leak would be a whole
-    one. Its slope is the median of the slopes between all pairs of samples, which few
+    one. A slope is the median of the slopes between all pairs of samples, which few
     outliers do not move.
     """
     own = samples[int(WARM * len(samples)) :]
@@ -84,15 +84,12 @@ def problems(samples: list[Sample], state_bytes: int) -> list[str]:
                 f"{name}: {grown / 1e6:.2f} MB more at each checkpoint; a state has "
                 f"{state_bytes / 1e6:.2f} MB"
             )
-    third = max(1, len(own) // 3)
     for name in ("files", "threads"):
         # Readers and writers come and go, and pools fill up when a machine is busy; a
         # leak leaves one more at each checkpoint, and half of that is too much.
-        early, late = (
-            min(getattr(s, name) for s in part) for part in (own[:third], own[-third:])
-        )
-        if late - early > (len(own) - third) / 2:
-            found.append(f"{name}: from {early:g} to {late:g}")
+        counts = [getattr(s, name) for s in own]
+        if slope(counts) > 0.5:
+            found.append(f"{name}: from {counts[0]} to {counts[-1]}")
     if own[-1].programs != own[0].programs:
         found.append(f"programs: from {own[0].programs} to {own[-1].programs}")
     return found
@@ -113,11 +110,12 @@ def leak(what: str, kept: list, state: Any) -> None:
     elif what == "arrays":
         kept.append(jax.tree.map(lambda v: v + 0, (state.params, state.params)))
     elif what == "file":
-        kept.append(open(os.devnull))
+        kept += [open(os.devnull), open(os.devnull)]
     elif what == "thread":
-        thread = threading.Thread(target=threading.Event().wait, daemon=True)
-        thread.start()
-        kept.append(thread)
+        for _ in range(2):
+            thread = threading.Thread(target=threading.Event().wait, daemon=True)
+            thread.start()
+            kept.append(thread)
     elif what == "program":
         kept.append(jax.jit(lambda x: x + len(kept))(np.zeros(len(kept) + 1)))
 

@@ -118,7 +118,7 @@ def test_a_bomb_as_the_configuration_of_a_run(run, kind, marker):
 def test_a_bomb_as_the_rows_of_a_run(run, kind, marker):
     path = run / "metrics.jsonl"
     path.write_bytes(bombs(marker)[kind] + b"\n")
-    with pytest.raises(UserError, match="damaged in line 1; mend or delete"):
+    with pytest.raises(UserError, match="damaged in line 1; mend that line, or bring"):
         metrics.read(path)
     (run / "DONE").unlink()
     one_line(start_again(run), "metrics.jsonl is damaged in line 1")
