@@ -9,7 +9,7 @@ the process's own processor seconds, which other processes disturb less than the
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -88,3 +88,15 @@ def compare(
         medians = [1e3 * statistics.median(t) for t in (own, base)]
         found.append(Ratio(name, reference, middle, low, high, *medians, target))
     return found
+
+
+def again(fn: Callable, *args: Any) -> Callable[[int], None]:
+    """A way for `compare`: the same call so many times, which consumes nothing."""
+
+    def way(n: int) -> None:
+        result = None
+        for _ in range(n):
+            result = fn(*args)
+        jax.block_until_ready(result)
+
+    return way

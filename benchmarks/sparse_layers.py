@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import Ratio, compare
+from benchmarks.measure import Ratio, again, compare
 from lottery_flow.models.execution import Convolution
 from lottery_flow.sparsity import execution
-from lottery_flow.sparsity.execution_choice import Layer
+from lottery_flow.sparsity.execution_choice import Layer, random_mask, turned
 from lottery_flow.sparsity.execution_structure import structure_on_host
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
@@ -26,8 +26,8 @@ def _conv(size, n_in, n_out, side, batch, lowering="convolution"):
     product = Convolution((size, size), (1, 1), pad, lowering)
     name = f"{size}x{size}x{n_in}x{n_out} on {side}x{side}, batch {batch}"
     kernel = size, size, n_in, n_out
-    turned = lowering == "patches"
-    return name, Layer(product, kernel, (side, side, n_in), turned), batch
+    innermost = lowering == "patches"
+    return name, Layer(product, kernel, (side, side, n_in), innermost), batch
 
 
 # Layers of the MLPs, LeNet-5, WRN-22-2 and ResNet-50, with the lowering of the dense
@@ -69,7 +69,7 @@ def _layer(label, layer: Layer, batch, rounds):
     dy = draw(jax.eval_shape(functools.partial(layer.product), x, kernel, None).shape)
 
     def forward(x, kernel, plan, turn, grad="dense"):
-        return _turn(layer.product(_turn(x, turn), kernel, plan, grad=grad), turn)
+        return turned(layer.product(turned(x, turn), kernel, plan, grad=grad), turn)
 
     def both(x, kernel, plan, dy, turn, grad):
         own = functools.partial(forward, plan=plan, turn=turn, grad=grad)
@@ -81,24 +81,21 @@ def _layer(label, layer: Layer, batch, rounds):
 
     def add(group, name, fn, *args, **own):
         compiled = jax.jit(functools.partial(fn, **own)).lower(*args).compile()
-        groups[group][f"{label}: {group}, {name}"] = _repeat(compiled, args)
+        groups[group][f"{label}: {group}, {name}"] = again(compiled, *args)
 
-    own = _turn(x, layer.turned), kernel, None
+    own = turned(x, layer.turned), kernel, None
     add(FORWARD, "dense", forward, *own, turn=layer.turned)
-    own = *own, _turn(dy, layer.turned)
+    own = *own, turned(dy, layer.turned)
     add(BOTH, "dense", both, *own, turn=layer.turned, grad="dense")
     for sparsity in SPARSITIES:
         amount = f"{100 * sparsity:g} %"
-        mask = np.zeros(kernel.size, bool)
-        n_active = round((1 - sparsity) * mask.size)
-        mask[rng.choice(mask.size, n_active, replace=False)] = True
-        mask = mask.reshape(-1, layer.kernel_shape[-1])
+        mask = random_mask(rng, layer, round((1 - sparsity) * kernel.size))
         compressed = execution.compress(kernel, mask)
-        add(FORWARD, amount, forward, _turn(x, True), compressed, None, turn=True)
+        add(FORWARD, amount, forward, turned(x, True), compressed, None, turn=True)
         if (label, sparsity) in TARGETS:
             name = f"{label}: {FORWARD}, {amount}"
             targets[name] = TARGETS[label, sparsity]
-        own = _turn(x, True), kernel, structure_on_host(mask), _turn(dy, True)
+        own = turned(x, True), kernel, structure_on_host(mask), turned(dy, True)
         for grad in execution.GRADS:
             name = f"{amount}, {grad} gradient"
             add(BOTH, name, both, *own, turn=True, grad=grad)
@@ -107,21 +104,6 @@ def _layer(label, layer: Layer, batch, rounds):
         yield from compare(
             ways, reference, targets=targets, rounds=rounds, seconds=0.02
         )
-
-
-def _turn(x, turn):
-    """With the batch innermost and the features outermost, or as it is."""
-    return x.transpose(-1, *range(1, x.ndim - 1), 0) if turn else x
-
-
-def _repeat(compiled, args):
-    def way(n):
-        result = None
-        for _ in range(n):
-            result = compiled(*args)
-        jax.block_until_ready(result)
-
-    return way
 
 
 def plot(rows: list[Ratio]):

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import pandas as pd
 
-from benchmarks.sparse_networks import batch_of, setting
+from benchmarks.sparse_networks import setting
 from lottery_flow import plans, storage
 from lottery_flow.sparsity import masks as masks_lib
 
@@ -37,7 +37,7 @@ def memory() -> pd.DataFrame:
                 (own,) = kept.pack([state], [plan])
             program = jax.jit(job.make_steps().train, donate_argnums=0)
             compiled = program.lower(
-                own, job.knobs, batch_of(job), None, plan
+                own, job.knobs, plans.noise(job), None, plan
             ).compile()
             use: Any = compiled.memory_analysis()
             positions = plan.get("positions", {})

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from benchmarks.measure import Ratio, compare
+from benchmarks.measure import Ratio, again, compare
 from lottery_flow import config as config_lib
 from lottery_flow import inference as inference_lib
 from lottery_flow import plans, storage
@@ -59,14 +57,6 @@ def setting(name: str, side: int, batch: int, sparsity: float, widths=(), **trai
     return job, create(job.make_network(), job.rewire_key, job.step_key, job.knobs)
 
 
-def batch_of(job) -> dict[str, Any]:
-    """Random images: what is timed does not depend on what they show."""
-    rng, shape = np.random.default_rng(0), (job.batch_size, *job.spec.image_shape)
-    images = rng.integers(0, 256, shape, np.uint8)
-    labels = rng.integers(0, job.spec.n_classes, job.batch_size, np.int32)
-    return {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
-
-
 def steps(rounds: int) -> Iterator[Ratio]:
     """Steps between rewires: what `train.execution=auto` takes over masked dense."""
     for name, widths, side, batch, targets in NETWORKS:
@@ -79,7 +69,7 @@ def steps(rounds: int) -> Iterator[Ratio]:
             train = jax.jit(job.make_steps().train)
             label = f"{name} {'-'.join(map(str, widths))}".rstrip()
             label += f", {side} px, batch {batch}, {100 * sparsity:g} %"
-            data = batch_of(job)
+            data = plans.noise(job)
             plan = plans.of_masks(paths, state.masks)
             small_plan = plans.of_masks(paths, state.masks, compact=True)
             (small,) = kept.pack([state], [small_plan])
@@ -89,7 +79,7 @@ def steps(rounds: int) -> Iterator[Ratio]:
                 f"{label}: chosen, compact": (small, small_plan),
             }
             calls = {
-                k: _calls(train, own, job.knobs, data, None, p)
+                k: again(train, own, job.knobs, data, None, p)
                 for k, (own, p) in ways.items()
             }
             target = (_DENSE | targets).get(sparsity)
@@ -114,25 +104,13 @@ def inference(rounds: int) -> Iterator[Ratio]:
             )
             for batch in (1, 16, 128):
                 label = f"{name}, {side} px, batch {batch}, {100 * sparsity:g} %"
-                images = batch_of(job._replace(batch_size=batch))["image"]
+                images = plans.noise(job._replace(batch_size=batch))["image"]
                 nets = {
                     f"{label}: dense": make(execution="dense"),
                     f"{label}: chosen": make(batch_size=batch),
                 }
                 ways = {
-                    k: _calls(net.apply, net.variables, images)
+                    k: again(net.apply, net.variables, images)
                     for k, net in nets.items()
                 }
                 yield from compare(ways, f"{label}: dense", rounds=rounds)
-
-
-def _calls(fn, *args):
-    """A way for `compare`: the same call again and again, which consumes nothing."""
-
-    def way(n):
-        result = None
-        for _ in range(n):
-            result = fn(*args)
-        jax.block_until_ready(result)
-
-    return way

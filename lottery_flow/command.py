@@ -46,7 +46,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
                 _fail(command_errors.memory(error))
             if jax.process_count() == 1:
                 raise
-            reason = " ".join(str(error).split())[:300]
+            reason = command_errors.short(error)
             _leave(
                 f"error: process {jax.process_index()} of {jax.process_count()} lost "
                 f"another one ({reason}); start all of them again, they go on from the "

@@ -60,12 +60,16 @@ def is_memory(error: Exception) -> bool:
 
 def memory(error: Exception) -> str:
     """A sentence on memory that is not there."""
-    reason = " ".join(str(error).split())[:300]
     return (
-        f"there is not enough memory ({reason}); give a smaller model.name, "
+        f"there is not enough memory ({short(error)}); give a smaller model.name, "
         "train.batch_size or eval.batch_size, more train.accumulate_steps or "
         "train.model_devices, or set model.remat"
     )
+
+
+def short(error: Exception) -> str:
+    """The beginning of what an error says, on one line."""
+    return " ".join(str(error).split())[:300]
 
 
 def line(message: object) -> str:

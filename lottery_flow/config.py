@@ -189,19 +189,16 @@ def default() -> ConfigDict:
                 "batch_size": 128,
                 # Parts in which the gradient of a step is computed, one after another.
                 "accumulate_steps": 1,
-                # What to do about an update whose loss, gradient or weights are not
-                # finite: stop, or skip it, which a column of the metrics counts.
+                # At an update that is not finite: stop, or skip it and count.
                 "on_nonfinite": "stop",
                 # How layers are computed: dense products under masks, or by the active
-                # weights alone where that was measured to be faster (auto), in all
-                # that are sparse (csr, csr_gathered) or in those that are named:
-                # 'fc1=csr_gathered'; see plans.py.
+                # weights alone: where measured to be faster (auto), in all that are
+                # sparse (csr, csr_gathered), or by name: 'fc1=csr'; see plans.py.
                 "execution": "dense",
-                # How weights and slots are kept between rewires: whole (masked), or on
-                # the active positions alone (compact), which saves memory.
+                # Weights and slots between rewires: whole, or of active weights alone
+                # (compact), which saves memory.
                 "storage": "masked",
-                # Of a running average of the weights, 0.9999 for instance, which is
-                # evaluated beside them; 0: none.
+                # Of a running average of the weights, evaluated beside; 0: none.
                 "ema_decay": 0.0,
                 # The first training images, on which gradient flow is measured.
                 "probe_examples": 1000,

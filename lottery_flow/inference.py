@@ -27,9 +27,6 @@ from lottery_flow.steps import normalize
 
 EXECUTIONS = ("auto", "dense", "compressed")
 
-# The second choice: layers alone that save half of their time.
-_CLEARLY = 0.5
-
 
 class Inference(NamedTuple):
     """A network ready to use.
@@ -130,6 +127,9 @@ def make(
         if named[name] is not None
     }
 
+    # Once, for all choices.
+    params, batch_stats = jax.tree.map(jnp.asarray, (params, batch_stats))
+
     @jax.jit
     def apply(variables, images):
         logits, _ = model.apply(
@@ -152,14 +152,13 @@ def make(
         for name, n in n_active.items()
     }
     choices: list[list[str]] = [[]]
-    for margin in execution_choice.MARGIN, _CLEARLY:
+    for margin in execution_choice.MARGIN, execution_choice.CLEARLY:
         names = [k for k, (dense, own) in times.items() if own <= (1 - margin) * dense]
         if names not in choices:
             choices.append(names)
     images = jnp.zeros((batch_size, *image_shape), jnp.uint8)
     variables = [of(names) for names in choices]
-    passes = [execution_choice.repeatable(apply, (own, images)) for own in variables]
-    best = execution_choice.best(execution_choice.least(passes))
+    best, _ = execution_choice.best_of(apply, [(own, images) for own in variables])
     return Inference(apply, variables[best], choices[best])
 
 
@@ -175,13 +174,12 @@ def _variables(params, masks, batch_stats, names) -> dict[str, Any]:
             elif key == "kernel" and name in names:
                 compressed[name] = compress(value, masks[key])
             else:
-                kept[key] = jnp.asarray(value)
+                kept[key] = value
         return kept
 
     compressed: dict[str, Any] = {}
     kept = walk(params, masks, ())
-    stats = jax.tree.map(jnp.asarray, batch_stats)
-    return {"params": kept, "batch_stats": stats, "compressed": compressed}
+    return {"params": kept, "batch_stats": batch_stats, "compressed": compressed}
 
 
 def _frozen(value: Any) -> Any:

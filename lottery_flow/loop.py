@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lottery_flow import checkpoint, metrics
@@ -18,8 +17,7 @@ from lottery_flow.metrics import Row, check_finite
 from lottery_flow.population import Population
 from lottery_flow.progress import Progress
 from lottery_flow.runs import Fields, RunPaths
-from lottery_flow.sparsity import masks as masks_lib
-from lottery_flow.state import TrainState
+from lottery_flow.state import TrainState, not_finite
 from lottery_flow.stopping import Stopped
 from lottery_flow.storage import Storage
 
@@ -203,7 +201,7 @@ class Loop(NamedTuple):
                     float(value),
                     step,
                     saved,
-                    lambda: _not_finite(self.population.split(state)[i].params),
+                    lambda: not_finite(self.population.split(state)[i].params),
                 )
         except UserError as error:
             self.failed[i] = error
@@ -291,15 +289,3 @@ class Loop(NamedTuple):
             rows.append(row)
         if rows:
             self.progress.report(rows)
-
-
-@jax.jit
-def _are_finite(params: Any) -> dict[str, Any]:
-    named = masks_lib.named_leaves(params)
-    return {name: jnp.all(jnp.isfinite(leaf)) for name, leaf in named.items()}
-
-
-def _not_finite(params: Any) -> list[str]:
-    """The parameters, by name, that have an entry that is not finite."""
-    found = jax.device_get(_are_finite(params))
-    return [name for name, finite in found.items() if not finite]

@@ -25,15 +25,13 @@ from lottery_flow.job import Job
 from lottery_flow.runs import read_object, write_atomically
 from lottery_flow.sparsity import execution_choice, rules
 from lottery_flow.sparsity import masks as masks_lib
-from lottery_flow.sparsity.compact import positions_of
+from lottery_flow.sparsity.compact import positions_in
 from lottery_flow.sparsity.execution_structure import structure_on_host
 from lottery_flow.sparsity.masks import Masks
 from lottery_flow.state import TrainState
+from lottery_flow.steps import Batch
 
 _LOG = logging.getLogger(__name__)
-
-# The second choice: layers alone that save half of their time.
-_CLEARLY = 0.5
 
 
 def choose(job: Job, state: TrainState, record: Path) -> dict[str, str]:
@@ -85,7 +83,7 @@ def choose(job: Job, state: TrainState, record: Path) -> dict[str, str]:
             layers, n_active, job.batch_size, paths, without_dx=first
         )
         _LOG.info("how layers are computed, in ms:\n%s", table)
-        clear = choose_by(margin=_CLEARLY)
+        clear = choose_by(margin=execution_choice.CLEARLY)
         paths = _fastest(job, state, [paths, clear])
     return paths
 
@@ -98,29 +96,27 @@ def _fastest(job: Job, state: TrainState, choices: list[dict[str, str]]) -> Any:
     """
     dense = dict.fromkeys(choices[0], "dense")
     choices = [dense] + [c for c in choices if c != dense]
-    if len(choices) == 1:
-        return dense
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (job.batch_size, *job.spec.image_shape), np.uint8)
-    labels = rng.integers(0, job.spec.n_classes, job.batch_size, np.int32)
-    batch = {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
-    train = jax.jit(job.make_steps().train)
-    args = state, job.knobs, batch, None
-    times = execution_choice.least(
-        [
-            execution_choice.repeatable(train, (*args, of_masks(paths, state.masks)))
-            for paths in choices
-        ]
+    args = state, job.knobs, noise(job), None
+    best, ratio = execution_choice.best_of(
+        job.make_steps().train,
+        [(*args, of_masks(paths, state.masks)) for paths in choices],
     )
-    best = execution_choice.best(times)
     sparse = [name for name, path in choices[best].items() if path != "dense"]
     _LOG.info(
         "computed by their active weights: %s; a step takes %.2f of the time of a "
         "dense one",
         ", ".join(sparse) or "no layers",
-        times[best] / times[0],
+        ratio,
     )
     return choices[best]
+
+
+def noise(job: Job) -> Batch:
+    """A batch of noise, for measuring: what is timed does not depend on images."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (job.batch_size, *job.spec.image_shape), np.uint8)
+    labels = rng.integers(0, job.spec.n_classes, job.batch_size, np.int32)
+    return {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
 
 
 def _kept(record: Path, layers: Collection[str]) -> dict[str, str]:
@@ -148,16 +144,17 @@ def of_masks(
 
     With `compact` those of a network as `storage` packs it.
     """
-    named, found = masks_lib.named_leaves(masks), {}
-    for name, path in paths.items():
+    named = masks_lib.named_leaves(masks)
+    if not compact:
+        named = {k: named[k] for k, path in paths.items() if path != "dense"}
+    found: dict[str, Any] = {"positions": {}} if compact else {}
+    for name, mask in jax.device_get(named).items():
+        path = paths.get(name, "dense")
+        if mask is None:
+            continue
         if path != "dense":
-            mask = np.asarray(jax.device_get(named[name]))
             matrix = mask.reshape(-1, mask.shape[-1])
             found.setdefault(path, {})[name] = structure_on_host(matrix)
-    if compact:
-        alone = found.get("csr_gathered", {})
-        positions = positions_of(jax.device_get(masks))
-        found["positions"] = {
-            k: jnp.asarray(v) for k, v in positions.items() if k not in alone
-        }
+        if compact and path != "csr_gathered":  # which has them in its structure
+            found["positions"][name] = jnp.asarray(positions_in(mask))
     return found

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from lottery_flow import counting
+from lottery_flow.files import no_link
 from lottery_flow.metrics import Row
 from lottery_flow.models import Model
 from lottery_flow.sparsity import masks as masks_lib
@@ -77,9 +78,7 @@ def figure(path: Path, title: str, rows: list[Row]) -> None:
     axes[2].set_ylabel("gain of gradient norm\nat each rewire")
     axes[2].set_xlabel("step")
     fig.suptitle(title)
-    temporary = path.with_name("." + path.name)
-    if temporary.is_symlink():  # not where that points to
-        temporary.unlink()
+    temporary = no_link(path.with_name("." + path.name))
     fig.savefig(temporary, dpi=120)
     plt.close(fig)
     temporary.replace(path)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lottery_flow.errors import UserError
+from lottery_flow.files import no_link
 
 UNHASHED = (
     "name",
@@ -164,9 +165,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
     A link in its place is replaced; what it points to is left alone.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    if temporary.is_symlink():
-        temporary.unlink()
+    temporary = no_link(path.with_name(path.name + ".tmp"))
     with open(temporary, "wb" if isinstance(content, bytes) else "w") as f:
         f.write(content)
         f.flush()

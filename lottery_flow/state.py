@@ -73,3 +73,15 @@ def begin(
         key=key,
         ema=jax.tree.map(jnp.copy, params) if ema else (),
     )
+
+
+def not_finite(params: Any) -> list[str]:
+    """The parameters, by name, that have an entry that is not finite."""
+    found = jax.device_get(_are_finite(params))
+    return [name for name, finite in found.items() if not finite]
+
+
+@jax.jit
+def _are_finite(params: Any) -> dict[str, Any]:
+    named = masks_lib.named_leaves(params)
+    return {name: jnp.all(jnp.isfinite(leaf)) for name, leaf in named.items()}

@@ -146,6 +146,7 @@ def _train(
                 f"train.{field}={own!r} needs members that take turns on one device; "
                 f"write train.population=one_by_one, or train.{field}={usual}"
             )
+    knobs = [run.job.knobs for run in members]
     rewires = table(partial(is_rewire, job.rule), job)
     has_row = with_rows(job, rewires)
     if parallel.is_first() and step:
@@ -178,7 +179,7 @@ def _train(
             writers,
             progress,
             sizes={k: v.size for k, v in masks_lib.layers(states[0].params).items()},
-            knobs=pop.join([run.job.knobs for run in members]),
+            knobs=pop.join(knobs),
             chunk=1 if streamed else population.chunk_steps(job.chunk_steps),
             rewires=rewires,
             has_row=has_row,
@@ -186,9 +187,7 @@ def _train(
             asked_to_stop=asked_to_stop,
             failed={},
             paths=paths,
-            storage=storage.make(
-                job, [run.job.knobs for run in members], states[0].params
-            ),
+            storage=storage.make(job, knobs, states[0].params),
             drop_fraction=[
                 None if fraction is None else table(fraction, job)
                 for fraction in (run.job.drop_fraction for run in members)

@@ -170,6 +170,32 @@ def subprocess_run(*args: str) -> Outcome:
     return Outcome(started.returncode, out, err)
 
 
+def script(
+    module: types.ModuleType, *args: str, timeout: float, **environment: str
+) -> str:
+    """What a script beside the tests prints, in a process that has to end well.
+
+    Args:
+      module: the script, imported.
+      args: its command line.
+      timeout: seconds.
+      environment: more variables.
+    """
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    own = {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"} | environment
+    done = subprocess.run(
+        [sys.executable, str(module.__file__), *args],
+        env=os.environ | own,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    return done.stdout
+
+
 def snapshot(directory: Path) -> dict[str, tuple[bytes, int] | None]:
     """Every path below a directory: content and time of change, None if it has none."""
     return {

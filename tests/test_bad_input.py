@@ -4,9 +4,7 @@ The long search: `pytest -m faults tests/test_bad_input.py`.
 """
 
 import json
-import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,20 +24,9 @@ SMALL = ("--config.model.name=mlp",)
 
 def search(n_examples: int, n_trained: int, timeout: float) -> dict[str, int]:
     """The counts of `search_input`, which finds no fault."""
-    command = [sys.executable, str(Path(search_input.__file__))]
-    command += [f"--examples={n_examples}", f"--trained={n_trained}"]
-    path = os.pathsep.join([str(run_cli.ROOT), str(run_cli.ROOT / "tests")])
-    done = subprocess.run(
-        command,
-        env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    sizes = f"--examples={n_examples}", f"--trained={n_trained}"
+    printed = run_cli.script(search_input, *sizes, timeout=timeout)
+    return json.loads(printed.splitlines()[-1])
 
 
 def test_a_hundred_and_fifty_configurations_are_trained_or_told():

@@ -126,11 +126,11 @@ def test_curves_of_layers_compare_the_same_products(monkeypatch):
         results.update({k: np.asarray(way(1)) for k, way in ways.items()})
         return [measure.Ratio(k, reference, 1.0, 1.0, 1.0, 1.0, 1.0) for k in ways]
 
-    def once(compiled, args):
+    def once(compiled, *args):
         return lambda n: sum(leaf.size for leaf in jax.tree.leaves(compiled(*args)))
 
     monkeypatch.setattr(sparse_layers, "compare", compare)
-    monkeypatch.setattr(sparse_layers, "_repeat", once)
+    monkeypatch.setattr(sparse_layers, "again", once)
     rows = list(sparse_layers.curves(1))
     assert len(rows) == 3 * (2 + 3)
     for title, *_ in panels:  # as many numbers, whatever the way

@@ -4,9 +4,6 @@ A hundred thousand steps: `pytest -m faults -s tests/test_soak.py`.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,24 +18,10 @@ STATE = 9 * (784 * soak.WIDTH + 10 * soak.WIDTH)
 def samples(directory: Path, steps: int, save: int, *flags: str, timeout=600):
     """What a process held at each of its checkpoints."""
     out = directory / "samples.json"
-    command = [sys.executable, str(Path(soak.__file__)), *flags]
-    command += [f"--steps={steps}", f"--save={save}", f"--out={out}"]
-    command += [f"--workdir={directory / 'runs'}"]
-    own = {
-        "PYTHONPATH": str(run_cli.ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "" if steps > 10_000 else "--xla_backend_optimization_level=0",
-    }
-    done = subprocess.run(
-        command,
-        env=os.environ | own,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+    args = f"--steps={steps}", f"--save={save}", f"--out={out}"
+    xla = "" if steps > 10_000 else "--xla_backend_optimization_level=0"
+    workdir = f"--workdir={directory / 'runs'}"
+    run_cli.script(soak, *flags, *args, workdir, timeout=timeout, XLA_FLAGS=xla)
     found = [soak.Sample(**own) for own in json.loads(out.read_text())]
     assert found[-1].step == steps
     return found

@@ -14,7 +14,6 @@ k vectors of each of s probes take s k n floats.
 """
 
 import os
-import zipfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,8 +25,9 @@ import pandas as pd
 from jaxtyping import Array, Float, Key
 from matplotlib.figure import Figure
 
-from lottery_flow.analysis import figures
+from lottery_flow.analysis import figures, results
 from lottery_flow.analysis.curvature import Operator, Progress, precise
+from lottery_flow.files import no_link
 
 
 class Tridiagonal(NamedTuple):
@@ -379,9 +379,7 @@ def _append(basis, vectors, i):
 
 def _save(path: Path, state: Tridiagonal, tag: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name("." + path.name)
-    if temporary.is_symlink():  # not where that points to
-        temporary.unlink()
+    temporary = no_link(path.with_name("." + path.name))
     basis = np.asarray(state.basis[:, : state.n_steps + 1])
     with open(temporary, "wb") as f:
         np.savez(f, basis=basis, diagonal=state.diagonal, beside=state.beside, tag=tag)
@@ -394,10 +392,7 @@ def _kept(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
         with open(path, "rb") as f, np.load(f, allow_pickle=False) as found:
             basis, diagonal, beside = found["basis"], found["diagonal"], found["beside"]
             return basis, diagonal, beside, str(found["tag"])
-    except (
-        *(AttributeError, EOFError, KeyError, OSError, TypeError, ValueError),
-        zipfile.BadZipFile,
-    ) as error:
+    except (OSError, *results.UNREADABLE) as error:
         raise ValueError(f"{path} is damaged; move it away to begin anew") from error
 
 

@@ -14,9 +14,11 @@ import matplotlib.figure
 import numpy as np
 import pandas as pd
 
+from lottery_flow.files import no_link
+
 Result = TypeVar("Result")
 # What numpy raises at files that are damaged, or hold objects and not numbers alone.
-_UNREADABLE = (AttributeError, EOFError, KeyError, TypeError, ValueError, BadZipFile)
+UNREADABLE = (AttributeError, EOFError, KeyError, TypeError, ValueError, BadZipFile)
 
 
 def save(path: str | Path, result: Any) -> Path:
@@ -29,9 +31,7 @@ def save(path: str | Path, result: Any) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name("." + path.name)
-    if temporary.is_symlink():  # not where that points to
-        temporary.unlink()
+    temporary = no_link(path.with_name("." + path.name))
     if isinstance(result, matplotlib.figure.Figure):
         result.savefig(temporary, dpi=150)
     elif path.suffix == ".csv":
@@ -66,7 +66,7 @@ def load(path: str | Path, kind: type[Result] | None = None) -> Any:
         # Opened here: np.load leaves the file open where it is no zip file.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
             fields = {k: found[k] for k in found.files}
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"{path} is damaged, or no .npz file of arrays alone "
             f"({str(error)[:200]}); make it anew"

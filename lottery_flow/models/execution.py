@@ -128,11 +128,7 @@ def _layer(module: Any, shape: tuple[int, ...]) -> Layer:
 
 
 def _convolution(module: layers.Conv, shape: tuple[int, ...]) -> Convolution:
-    strides = layers.pair(module.strides)
-    padding = layers.pads(module.padding, shape[1:3], module.kernel_size, strides)
-    kernel = *module.kernel_size, shape[-1], module.features
-    lowering = layers.choose_lowering(module.lowering, kernel)
-    return Convolution(module.kernel_size, strides, padding, lowering)
+    return Convolution(module.kernel_size, *layers.geometry(module, shape))
 
 
 def _planned(module: Any, x, path: str, plan):

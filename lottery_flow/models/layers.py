@@ -94,8 +94,6 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b p q o"]:
-        strides = pair(self.strides)
-        padding = pads(self.padding, images.shape[1:3], self.kernel_size, strides)
         channels = images.shape[-1]
         if self.groups < 1 or channels % self.groups or self.features % self.groups:
             raise ValueError(
@@ -103,7 +101,7 @@ class Conv(nn.Module):
                 f"{self.features} features"
             )
         shape = (*self.kernel_size, channels // self.groups, self.features)
-        lowering = choose_lowering(self.lowering, shape, self.groups)
+        strides, padding, lowering = geometry(self, images.shape)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         bias = None
         if self.use_bias:
@@ -113,6 +111,14 @@ class Conv(nn.Module):
             product = partial(jnp.matmul, kernel.reshape(-1, shape[-1]).T)
             return patches(x, self.kernel_size, product, bias, strides, padding)
         return convolution(x, kernel, bias, strides, padding, self.groups)
+
+
+def geometry(conv: Conv, shape: Sequence[int]) -> tuple[Pair, tuple[Pair, Pair], str]:
+    """Strides, zeros (low, high) and lowering of a convolution of images [b h w c]."""
+    strides, channels = pair(conv.strides), shape[-1] // conv.groups
+    padding = _pads(conv.padding, shape[1:3], conv.kernel_size, strides)
+    kernel = *conv.kernel_size, channels, conv.features
+    return strides, padding, choose_lowering(conv.lowering, kernel, conv.groups)
 
 
 def choose_lowering(lowering: str, kernel_shape: Sequence[int], groups: int = 1) -> str:
@@ -238,7 +244,7 @@ def pair(value: int | Sequence[int]) -> Pair:
     return first, second
 
 
-def pads(padding: Padding, size, window, strides) -> tuple[Pair, Pair]:
+def _pads(padding: Padding, size, window, strides) -> tuple[Pair, Pair]:
     """(low, high) zeros for height and width."""
     if isinstance(padding, str):
         if padding not in ("SAME", "VALID"):

@@ -34,10 +34,15 @@ Positions = Mapping[str, Any]  # int32 [n], by layer
 def positions_of(masks: Masks) -> dict[str, Int32[np.ndarray, " n"]]:
     """Where the active weights of each masked layer are, on the host."""
     return {
-        name: np.flatnonzero(np.asarray(mask)).astype(np.int32)
+        name: positions_in(mask)
         for name, mask in masks_lib.named_leaves(masks).items()
         if mask is not None
     }
+
+
+def positions_in(mask: Bool[Array | np.ndarray, "..."]) -> Int32[np.ndarray, " n"]:
+    """Where the active weights are in the flattened kernel, on the host."""
+    return np.flatnonzero(np.asarray(mask)).astype(np.int32)
 
 
 def gather(leaf: Float[Array, "..."], positions: Int32[Array | np.ndarray, " n"]):

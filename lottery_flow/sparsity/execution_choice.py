@@ -29,6 +29,8 @@ GRAD_OF = {"dense": "dense", "csr": "dense", "csr_gathered": "active"}
 
 # A path has to win by this share of the dense time: noise must not make steps slower.
 MARGIN = 0.03
+# Of a second choice: layers alone that save half of their time.
+CLEARLY = 0.5
 _ROUNDS, _SECONDS = 5, 0.003
 
 
@@ -139,7 +141,7 @@ def measure(
       with_dx: whether the gradient of x is computed as well.
     """
     rng = np.random.default_rng(0)
-    plan = structure_on_host(_random_mask(rng, layer, n_active))
+    plan = structure_on_host(random_mask(rng, layer, n_active))
 
     def draw(shape):
         return jnp.asarray(rng.normal(size=shape), layer.dtype)
@@ -157,7 +159,7 @@ def measure(
         def both(x, kernel, plan: Structure | None, dy):
             def product(kernel, x):
                 own = _back(x, turn_x), kernel, plan
-                return _turned(layer.product(*own, grad=GRAD_OF[path]), turn_y)
+                return turned(layer.product(*own, grad=GRAD_OF[path]), turn_y)
 
             if with_dx:
                 y, pull = jax.vjp(product, kernel, x)
@@ -165,7 +167,7 @@ def measure(
                 y, pull = jax.vjp(lambda kernel: product(kernel, x), kernel)
             return y, pull(dy)
 
-        args = _turned(x, turn_x), kernel, plan if sparse else None, _turned(dy, turn_y)
+        args = turned(x, turn_x), kernel, plan if sparse else None, turned(dy, turn_y)
         return repeatable(both, args)
 
     return Times(*least([pass_of(path) for path in PATHS]))
@@ -178,7 +180,7 @@ def measure_forward(layer: Layer, n_active: int, batch: int) -> tuple[float, flo
     For the arguments see `measure`.
     """
     rng = np.random.default_rng(0)
-    mask = _random_mask(rng, layer, n_active)
+    mask = random_mask(rng, layer, n_active)
     x = jnp.asarray(rng.normal(size=(batch, *layer.input_shape)), layer.dtype)
     kernel = jnp.asarray(rng.normal(size=layer.kernel_shape), layer.dtype)
     passes = []
@@ -186,24 +188,36 @@ def measure_forward(layer: Layer, n_active: int, batch: int) -> tuple[float, flo
         turn = layer.turned or own is not kernel
 
         def forward(x, kernel, turn=turn):
-            return _turned(layer.product(_back(x, turn), kernel, None), turn)
+            return turned(layer.product(_back(x, turn), kernel, None), turn)
 
-        passes.append(repeatable(forward, (_turned(x, turn), own)))
+        passes.append(repeatable(forward, (turned(x, turn), own)))
     dense, compressed = least(passes)
     return dense, compressed
 
 
-def _random_mask(rng, layer: Layer, n_active: int):
+def random_mask(rng, layer: Layer, n_active: int):
     """A mask of the kernel as a matrix."""
     mask = np.zeros(math.prod(layer.kernel_shape), bool)
     mask[rng.choice(mask.size, n_active, replace=False)] = True
     return mask.reshape(-1, layer.kernel_shape[-1])
 
 
-def best(times: Sequence[float]) -> int:
-    """The index of the least time, or 0, the dense one, if that is not clearly less."""
-    least = min(range(len(times)), key=times.__getitem__)
-    return least if times[least] <= (1 - MARGIN) * times[0] else 0
+def best_of(fn: Callable, arguments: Sequence[tuple]) -> tuple[int, float]:
+    """For which arguments a whole program takes the least time.
+
+    Args:
+      fn: of all of them.
+      arguments: the first ones compute everything densely.
+
+    Returns:
+      The index, 0 unless another one saves `MARGIN`; its time over that of the first.
+    """
+    if len(arguments) == 1:
+        return 0, 1.0
+    times = least([repeatable(fn, args) for args in arguments])
+    found = min(range(len(times)), key=times.__getitem__)
+    found = found if times[found] <= (1 - MARGIN) * times[0] else 0
+    return found, times[found] / times[0]
 
 
 def table(
@@ -229,12 +243,12 @@ def table(
     return "\n".join(line.format(*row) for row in rows)
 
 
-def _turned(x, turn):
+def turned(x, turn):
     """[b ... c] with the batch innermost and the features outermost, or as it is."""
     return x.transpose(-1, *range(1, x.ndim - 1), 0) if turn else x
 
 
-_back = _turned  # its own inverse
+_back = turned  # its own inverse
 
 
 def repeatable(fn: Callable, args: tuple) -> Callable[[], Any]:
