@@ -16,7 +16,8 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 def keep_freed_memory() -> bool:
     """Asks glibc never to return memory; says whether it does as it was asked.
 
-    To be called before the first computation. Elsewhere than on glibc nothing happens.
+    To be called before any thread takes memory: what threads of an earlier arena take
+    is returned. Elsewhere than on glibc nothing happens.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

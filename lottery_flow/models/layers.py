@@ -108,7 +108,7 @@ class Conv(nn.Module):
             bias = self.param("bias", self.bias_init, shape[-1:], jnp.float32)
         x, kernel, bias = promote_dtype(images, kernel, bias, dtype=self.dtype)
         if lowering == "patches":
-            product = partial(jnp.matmul, kernel.reshape(-1, shape[-1]).T)
+            product = partial(_product, kernel.reshape(-1, shape[-1]))
             return patches(x, self.kernel_size, product, bias, strides, padding)
         return convolution(x, kernel, bias, strides, padding, self.groups)
 
@@ -228,6 +228,23 @@ def patches(x, size: Pair, product: Callable, bias, strides, padding):
     # each reader, and sums the gradient of the bias in the order of the images.
     y = lax.optimization_barrier(y)
     return y.reshape(-1, p, q, batch).transpose(3, 1, 2, 0)
+
+
+@jax.custom_jvp
+def _product(kernel, copies):
+    """kernel [n o] transposed, times copies [n m].
+
+    The barrier has XLA write the transposed kernel down: a product with a transposed
+    left factor is not one of its fast ones. The derivative does without, so that on
+    the way back the kernel and the copies are multiplied as they lie.
+    """
+    return lax.optimization_barrier(kernel.T) @ copies
+
+
+@_product.defjvp
+def _product_jvp(factors, tangents):
+    (kernel, copies), (d_kernel, d_copies) = factors, tangents
+    return _product(kernel, copies), d_kernel.T @ copies + kernel.T @ d_copies
 
 
 def _shifts(x, axis, size, stride):
