@@ -156,7 +156,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def plot(found: Tables) -> dict[str, Figure]:
-    """Accuracy over sparsity, a panel for each kind of method."""
+    """Accuracy over sparsity, a column for each kind of method; below, the upper end."""
     table = found["summary"]
     kinds = {
         "before training": (
@@ -169,34 +169,34 @@ def plot(found: Tables) -> dict[str, Figure]:
         ),
         "parameterizations": ("dnw", "magnitude_ste", "top_kast", "edge_popup"),
     }
-    fig, axes = figures.new(1, len(kinds), sharey=True)
-    for ax, (title, methods) in zip(axes, kinds.items(), strict=True):
-        for i, method in enumerate(methods):
-            own = table[table["method"] == method]
-            ax.errorbar(
-                100 * own["asked"],
-                own["mean"],
-                yerr=own["std"],
-                fmt="o-",
-                ms=3,
-                lw=1,
-                capsize=2,
-                color=f"C{i}",
-                label=method,
-            )
-        ax.set(xlabel="sparsity (%)", title=title)
-        ax.grid(alpha=0.3)
+    fig, axes = figures.new(2, len(kinds) + 1, squeeze=False, sharey="row")
+    for line in axes:
+        for ax, (title, methods) in zip(line, kinds.items(), strict=False):
+            for i, method in enumerate(methods):
+                own = table[table["method"] == method]
+                ax.errorbar(
+                    100 * own["asked"],
+                    own["mean"],
+                    yerr=own["std"],
+                    fmt="o-",
+                    ms=3,
+                    lw=1,
+                    capsize=2,
+                    color=f"C{i}",
+                    label=method,
+                )
+            ax.set(title=title)
+        for i, row in enumerate(table[table["asked"].isna()].to_dict("records")):
+            place = 100 * (1 - row["density"])
+            line[-1].plot(place, row["mean"], "x", color=f"C{i}", label=row["method"])
+        line[-1].set(title="at a sparsity of their own")
+        line[0].set(ylabel="test accuracy (%)")
+        for ax in line:
+            ax.set(xlabel="sparsity (%)")
+            ax.grid(alpha=0.3)
+    axes[1, 0].set(ylim=(90, 99.5))  # the same, where most of them are
+    for ax in axes[0]:
         ax.legend(fontsize=7, loc="lower left")
-    for i, row in enumerate(table[table["asked"].isna()].to_dict("records")):
-        axes[2].plot(
-            100 * (1 - row["density"]),
-            row["mean"],
-            "x",
-            color=f"C{4 + i}",
-            label=row["method"],
-        )
-    axes[2].legend(fontsize=7, loc="lower left")
-    axes[0].set(ylabel="test accuracy (%)")
     return {"": fig}
 
 
