@@ -156,7 +156,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def plot(found: Tables) -> dict[str, Figure]:
-    """Accuracy over sparsity, a column for each kind of method; below, the upper end."""
+    """Accuracy over sparsity, a column for each kind; below, the upper end again."""
     table = found["summary"]
     kinds = {
         "before training": (
