@@ -4,10 +4,10 @@
 
 95 % sparsity; `:sparsity=0.9` for another.
 One ranking of all layers on 100 training images.
-Settings: those of the other configurations of this network, but for the rate. GraSP
-keeps what raises the gradient, and this network has no batch norm as its source's do:
-at 90 % it starts at a loss of 5 to 11 and a gradient norm of 10 to 30, and the first
-steps of a rate of 0.05 leave no unit alive.
+Settings: those of the other configurations of this network, but for the rate and
+its warm-up. GraSP keeps what raises the gradient, and this network has no batch norm
+as its source's do: at 90 % it starts at a loss of 5 to 11 and a gradient norm of 10 to
+30, and the first steps of a rate of 0.05 left no unit of a layer alive.
 Not yet run at full length; 11,719 steps.
 """
 

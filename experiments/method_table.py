@@ -171,20 +171,8 @@ def plot(found: Tables) -> dict[str, Figure]:
     }
     fig, axes = figures.new(2, len(kinds) + 1, squeeze=False, sharey="row")
     for line in axes:
-        for ax, (title, methods) in zip(line, kinds.items(), strict=False):
-            for i, method in enumerate(methods):
-                own = table[table["method"] == method]
-                ax.errorbar(
-                    100 * own["asked"],
-                    own["mean"],
-                    yerr=own["std"],
-                    fmt="o-",
-                    ms=3,
-                    lw=1,
-                    capsize=2,
-                    color=f"C{i}",
-                    label=method,
-                )
+        for ax, (title, methods) in zip(line[:-1], kinds.items(), strict=True):
+            _curves(ax, table, methods)
             ax.set(title=title)
         for i, row in enumerate(table[table["asked"].isna()].to_dict("records")):
             place = 100 * (1 - row["density"])
@@ -198,6 +186,22 @@ def plot(found: Tables) -> dict[str, Figure]:
     for ax in axes[0]:
         ax.legend(fontsize=7, loc="lower left")
     return {"": fig}
+
+
+def _curves(ax, table: pd.DataFrame, methods: tuple[str, ...]) -> None:
+    """Mean and spread of each method over the sparsities."""
+    for method in methods:
+        own = table[table["method"] == method]
+        ax.errorbar(
+            100 * own["asked"],
+            own["mean"],
+            yerr=own["std"],
+            fmt="o-",
+            ms=3,
+            lw=1,
+            capsize=2,
+            label=method,
+        )
 
 
 def beside(found: Tables) -> pd.DataFrame:

@@ -9,6 +9,7 @@ Modules know nothing of it: their calls are intercepted. That concerns `nn.Dense
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -47,7 +48,7 @@ class Convolution(NamedTuple):
             return self._by(x, lambda m: linear(m.T, matrix, plan, grad=grad).T, *own)
         if self.lowering == "convolution":
             return layers.convolution(x, kernel, *own)
-        return self._by(x, lambda m: matrix.T @ m, *own)
+        return self._by(x, partial(layers.kernel_product, matrix), *own)
 
     def _by(self, x, product, *own):
         return layers.patches(x, self.size, product, *own)

@@ -108,7 +108,7 @@ class Conv(nn.Module):
             bias = self.param("bias", self.bias_init, shape[-1:], jnp.float32)
         x, kernel, bias = promote_dtype(images, kernel, bias, dtype=self.dtype)
         if lowering == "patches":
-            product = partial(_product, kernel.reshape(-1, shape[-1]))
+            product = partial(kernel_product, kernel.reshape(-1, shape[-1]))
             return patches(x, self.kernel_size, product, bias, strides, padding)
         return convolution(x, kernel, bias, strides, padding, self.groups)
 
@@ -231,8 +231,8 @@ def patches(x, size: Pair, product: Callable, bias, strides, padding):
 
 
 @jax.custom_jvp
-def _product(kernel, copies):
-    """kernel [n o] transposed, times copies [n m].
+def kernel_product(kernel, copies):
+    """The product of `patches`, [o m]: a kernel [n o], transposed, times copies [n m].
 
     The barrier has XLA write the transposed kernel down: a product with a transposed
     left factor is not one of its fast ones. The derivative does without, so that on
@@ -241,10 +241,11 @@ def _product(kernel, copies):
     return lax.optimization_barrier(kernel.T) @ copies
 
 
-@_product.defjvp
-def _product_jvp(factors, tangents):
+@kernel_product.defjvp
+def _kernel_product_jvp(factors, tangents):
     (kernel, copies), (d_kernel, d_copies) = factors, tangents
-    return _product(kernel, copies), d_kernel.T @ copies + kernel.T @ d_copies
+    y = kernel_product(kernel, copies)
+    return y, d_kernel.T @ copies + kernel.T @ d_copies
 
 
 def _shifts(x, axis, size, stride):
