@@ -20,7 +20,6 @@ import torch
 from pyhessian import hessian as PyHessian
 
 from benchmarks.run import about
-from lottery_flow import allocator
 from lottery_flow.analysis import curvature, hutchinson, lanczos, spectrum
 from lottery_flow.studies.common import device
 from lottery_flow.study import open_run
@@ -65,7 +64,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     args = parser.parse_args()
-    allocator.keep_freed_memory()
     torch.eig = _eig
     study = open_run(args.run, args.step, args.data_dir)
     (batch,) = study.train_batches(N_IMAGES, N_IMAGES)

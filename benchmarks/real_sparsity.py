@@ -17,7 +17,6 @@ from pathlib import Path
 from benchmarks import sparse_layers, sparse_memory, sparse_networks, sparse_run
 from benchmarks.measure import Ratio
 from benchmarks.run import about, write
-from lottery_flow import allocator
 
 PARTS = {
     "curves": sparse_layers.curves,
@@ -39,7 +38,6 @@ def main() -> None:
         sparse_networks.keep(args.only)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("lottery_flow").setLevel(logging.INFO)
-    allocator.keep_freed_memory()  # as main.py does
     header = about("benchmarks.real_sparsity")
     print("\n".join(header), flush=True)
     if args.part == "memory":

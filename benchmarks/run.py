@@ -21,7 +21,6 @@ import optax
 
 from benchmarks.cases import CASES
 from benchmarks.measure import Ratio
-from lottery_flow import allocator
 
 _LINE = "{:<48}{:>9}{:>18}{:>11}{:>11}{:>9}"
 
@@ -34,7 +33,6 @@ def main() -> None:
     unknown = set(args.cases) - set(CASES)
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; {', '.join(CASES)}")
-    allocator.keep_freed_memory()  # as main.py does
     header = about()
     print("\n".join(header), flush=True)
     print(_LINE.format("what", "ratio", "quartiles", "ms", "over ms", "target"))

@@ -49,6 +49,7 @@ def test_pages_are_mapped_once():
 
 
 @on_glibc
-def test_threads_of_experiments_keep_their_memory():
-    first = "import experiments, pandas  # in the order of the commands"
+@pytest.mark.parametrize("package", ["experiments", "benchmarks"])
+def test_threads_of_commands_keep_their_memory(package):
+    first = f"import {package}, pandas  # in the order of the commands"
     assert faults(first, "in_a_thread") < 1000
