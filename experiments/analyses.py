@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import pool
+from experiments import costs, pool
 from experiments.trainings import Setup
 from lottery_flow import analyze
 from lottery_flow.studies import Options
@@ -36,17 +36,23 @@ def answers(questions: Sequence[Question], setup: Setup) -> list[analyze.Answer]
     groups: dict[Path, list[Question]] = {}
     for question in (q for q, answer in known.items() if answer is None):
         groups.setdefault(question.run, []).append(question)
-    pool.run(
-        functools.partial(_ask, setup=setup),
-        list(groups.values()),
-        jobs=setup.jobs,
-        programs=setup.programs,
-        label=lambda group: (
-            f"{group[0].run.parent.name}/{group[0].run.name}: "
-            f"{len(group)} x {group[0].what}"
-        ),
-    )
+    if groups:
+        what = ", ".join(sorted({q.what for group in groups.values() for q in group}))
+        n = sum(map(len, groups.values()))
+        with costs.noted(setup, f"{n} x {what}", members=len(groups), steps=0):
+            pool.run(
+                functools.partial(_ask, setup=setup),
+                list(groups.values()),
+                jobs=setup.jobs,
+                programs=setup.programs,
+                label=_label,
+            )
     return [known[q] or analyze.answer(*_opened(q, setup)) for q in questions]
+
+
+def _label(group: list[Question]) -> str:
+    run = group[0].run
+    return f"{run.parent.name}/{run.name}: {len(group)} x {group[0].what}"
 
 
 def _ask(group: list[Question], setup: Setup) -> None:

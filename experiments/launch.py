@@ -7,16 +7,13 @@ checkpoints, and a finished run is not repeated.
 """
 
 import collections
-import csv
 import functools
 import json
-import resource
-import time
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments import pool, records
+from experiments import costs, pool, records
 from experiments.trainings import Member, Setup, Training, members
 from lottery_flow import main, runs
 
@@ -83,6 +80,20 @@ def populations(wanted: Sequence[Member], setup: Setup) -> list[Population]:
     return found
 
 
+def spread(found: Sequence[Population], n_jobs: int) -> list[Population]:
+    """The populations in the order in which `n_jobs` processes end soonest.
+
+    The largest come first, and are halved where there are fewer than processes.
+    """
+    parts = sorted(found, key=lambda p: -len(p.members))
+    while parts and len(parts) < n_jobs and len(parts[0].members) > 1:
+        (members,), rest = parts[0], parts[1:]
+        half = len(members) // 2
+        rest += [Population(members[half:]), Population(members[:half])]
+        parts = sorted(rest, key=lambda p: -len(p.members))
+    return parts
+
+
 def launch(
     trainings: Iterable[Training], setup: Setup, of_rows: Collection[Training] = ()
 ) -> None:
@@ -104,7 +115,7 @@ def launch(
         for wave in (first, [m for m in todo if m not in first]):
             pool.run(
                 functools.partial(_train, setup=setup),
-                populations(wave, setup),
+                spread(populations(wave, setup), pool.n_jobs(setup.jobs)),
                 jobs=setup.jobs,
                 programs=setup.programs,
                 label=lambda population: population.label,
@@ -115,39 +126,14 @@ def launch(
 
 
 def _train(population: Population, setup: Setup) -> None:
-    began, used = time.monotonic(), _processor_seconds()
     started = []
     for training, seed in population.members:
         config = training.config(setup)
         started.append((config, main.open_(config, seed, setup.workdir)))
     first = min(_last_step(run.paths.metrics) for _, run in started)
-    main.train_all(started)
-    _note(
-        setup,
-        {
-            "population": population.label,
-            "members": len(population.members),
-            "steps": started[0][1].job.total_steps - first,
-            "seconds": round(time.monotonic() - began, 1),
-            "processor_seconds": round(_processor_seconds() - used, 1),
-        },
-    )
-
-
-def _note(setup: Setup, row: dict) -> None:
-    """Appends to the table of what training cost."""
-    path = Path(setup.workdir) / "timings.csv"
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def _processor_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+    n, steps = len(started), started[0][1].job.total_steps - first
+    with costs.noted(setup, population.label, members=n, steps=steps):
+        main.train_all(started)
 
 
 def _progress(population: Population, setup: Setup) -> str:

@@ -47,7 +47,7 @@ def run(
       Stopped: SIGTERM came; what was in training is saved.
     """
     waiting, cores = list(items), sorted(os.sched_getaffinity(0))
-    jobs = min(jobs or _default_jobs(len(cores)), len(waiting))
+    jobs = min(n_jobs(jobs), len(waiting))
     failed: list[str] = []
     if jobs <= 1:
         _keep(programs)
@@ -103,6 +103,12 @@ def _ended(running: list[tuple[Any, Any, list[int]]]) -> Iterator[None]:
             process.join()
 
 
+def n_jobs(asked: int) -> int:
+    """Processes at the same time; 0 chooses, see `run`."""
+    on_cpu = jax.default_backend() == "cpu"
+    return asked or (len(os.sched_getaffinity(0)) if on_cpu else 1)
+
+
 def say(text: str) -> None:
     """A line for whoever waits, with the time of day."""
     print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
@@ -111,10 +117,6 @@ def say(text: str) -> None:
 def _report(failed: list[str]) -> None:
     if failed:
         raise UserError(f"{len(failed)} failed, see above: {'; '.join(failed)}")
-
-
-def _default_jobs(n_cores: int) -> int:
-    return n_cores if jax.default_backend() == "cpu" else 1
 
 
 def _keep(programs: Path) -> None:

@@ -129,8 +129,6 @@ class Training(NamedTuple):
                 directory = self.source.directory(setup)
                 config.sparsity.masks_from = f"{directory.as_posix()}/seed_{seed}"
             config.sparsity.shuffle_masks = self.masks == "shuffled"
-            # A CPU gains from `together` too, see benchmarks/, if compiling is little.
-            config.train.population = "one_by_one" if setup.smoke else "together"
             # Fields may refer to the directory of the masks, as weights do.
             config.update_from_flattened_dict(dict(self.fields))
         return config.lock()

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -55,6 +56,18 @@ def test_again_trains_and_asks_nothing(made, monkeypatch):
     with usual():
         run.run(["interpolation"], setup, out)
     pd.testing.assert_frame_equal(before[""], publish.read(out, "interpolation")[""])
+
+
+def test_what_it_costs_is_noted(made):
+    setup, _ = made
+    found = pd.read_csv(f"{setup.workdir}/timings.csv")
+    assert (found[["seconds", "processor_seconds"]] > 0).all(axis=None)
+    trained = found[found["steps"] > 0]
+    done = list(Path(setup.workdir).glob("*/seed_*/DONE"))
+    assert trained["members"].sum() == len(done)
+    (asked,) = found[found["steps"] == 0].to_dict("records")
+    assert asked["work"] == "8 x alignment, curve, interpolation"
+    assert asked["members"] == len(setup.seeds)
 
 
 def test_barriers_are_those_of_the_paths(made):

@@ -125,6 +125,28 @@ def test_large_populations_are_cut(tmp_path, monkeypatch):
     assert [len(p.members) for p in found] == [2, 2, 1]
 
 
+def test_no_process_is_idle_where_members_can_be_divided():
+    def sizes(found, n_jobs):
+        parts = launch.spread(found, n_jobs)
+        members = sorted(m for p in found for m in p.members)
+        assert sorted(m for p in parts for m in p.members) == members
+        return [len(p.members) for p in parts]
+
+    def of_size(*numbers):
+        training = Training("mlp", "dense")
+        return [
+            launch.Population(tuple((training, 10 * i + j) for j in range(n)))
+            for i, n in enumerate(numbers)
+        ]
+
+    assert sizes(of_size(5), 1) == [5]
+    assert sizes(of_size(5), 2) == [3, 2]
+    assert sizes(of_size(2, 5), 4) == [2, 2, 2, 1]
+    assert sizes(of_size(1, 1), 4) == [1, 1]
+    assert sizes(of_size(2, 8, 3), 2) == [8, 3, 2]
+    assert sizes([], 2) == []
+
+
 @pytest.mark.parametrize("name", run.EXPERIMENTS)
 def test_every_experiment_describes_itself(name):
     module = run.load(name)
