@@ -39,7 +39,7 @@ def answers(questions: Sequence[Question], setup: Setup) -> list[analyze.Answer]
     if groups:
         what = ", ".join(sorted({q.what for group in groups.values() for q in group}))
         n = sum(map(len, groups.values()))
-        with costs.noted(setup, f"{n} x {what}", members=len(groups), steps=0):
+        with costs.noted(setup, what, f"{n} questions", members=len(groups), steps=0):
             pool.run(
                 functools.partial(_ask, setup=setup),
                 list(groups.values()),

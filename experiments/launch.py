@@ -132,7 +132,8 @@ def _train(population: Population, setup: Setup) -> None:
         started.append((config, main.open_(config, seed, setup.workdir)))
     first = min(_last_step(run.paths.metrics) for _, run in started)
     n, steps = len(started), started[0][1].job.total_steps - first
-    with costs.noted(setup, population.label, members=n, steps=steps):
+    networks = ", ".join(dict.fromkeys(t.network for t, _ in population.members))
+    with costs.noted(setup, networks, population.label, members=n, steps=steps):
         main.train_all(started)
 
 

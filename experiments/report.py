@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments import paper, publish
+from experiments import costs, paper, publish, tables
 from experiments.run import EXPERIMENTS, beside, load
 from lottery_flow.runs import write_atomically
 
@@ -106,10 +106,14 @@ def _table(frame: pd.DataFrame) -> str:
 def refresh(page_: Path, out: Path) -> None:
     """Writes the tables of a Markdown page anew, between their marks."""
     text = page_.read_text()
-    for name in finished(out):
+    found = {name: beside(name, publish.read(out, name)) for name in finished(out)}
+    timings = costs.path(str(out / "runs"))
+    if timings.exists():
+        found["costs"] = tables.markdown(costs.table(timings))
+    for name, table in found.items():
         begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
         pattern = re.escape(begin) + ".*?" + re.escape(end)
-        new = f"{begin}\n\n{beside(name, publish.read(out, name))}\n\n{end}"
+        new = f"{begin}\n\n{table}\n\n{end}"
         text = re.sub(pattern, lambda _, new=new: new, text, flags=re.DOTALL)
     write_atomically(page_, text)
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import run_cli  # noqa: F401  (its cache of compiled programs)
 
-from experiments import interpolation, publish, report, run
+from experiments import costs, interpolation, publish, report, run
 from experiments.trainings import Setup
 
 NAMES = ("interpolation", "mds", "ensembles")
@@ -66,8 +66,22 @@ def test_what_it_costs_is_noted(made):
     done = list(Path(setup.workdir).glob("*/seed_*/DONE"))
     assert trained["members"].sum() == len(done)
     (asked,) = found[found["steps"] == 0].to_dict("records")
-    assert asked["work"] == "8 x alignment, curve, interpolation"
+    assert asked["kind"] == "alignment, curve, interpolation"
+    assert asked["work"] == "8 questions"
     assert asked["members"] == len(setup.seeds)
+
+
+def test_costs_are_added_up(tmp_path):
+    (tmp_path / "timings.csv").write_text(
+        "kind,work,members,steps,seconds,processor_seconds\n"
+        "mlp,a,5,1000,30,72\nmesh,b,3,0,50,36\nmlp,c,1,4000,50,108\n"
+    )
+    found = costs.table(costs.path(str(tmp_path)))
+    assert found.values.tolist() == [
+        ["mlp", 6, "9,000", "0.05", "20.0"],  # 5 x 1,000 + 4,000 steps in 180 s
+        ["mesh", 3, "", "0.01", ""],
+        ["all", 9, "9,000", "0.06", ""],
+    ]
 
 
 def test_barriers_are_those_of_the_paths(made):
