@@ -3,6 +3,9 @@
 All eigenvalues of the Hessian of the mean cross-entropy, without weight decay, over
 the active parameters of LeNet-5, for RigL, SET and RigL inverted from the per-neuron
 initialisation: at the first rewire after each of some checkpoints.
+
+Most negative eigenvalues are tiny, and how many there are depends on what counts as
+zero. New directions of descent are those of some size, so these are counted too.
 """
 
 import numpy as np
@@ -18,6 +21,16 @@ from lottery_flow.analysis import figures, results, spectrum
 ABOUT = "exact spectra before and after rewires along training"
 METHODS = ("rigl", "set", "rigl_inverted")
 WHEN = ("before", "after")
+# What of a spectrum is compared before and after, and how that is called.
+QUANTITIES = {
+    "negative": "negative",
+    "below_-0.01": "below -0.01",
+    "below_-0.1": "below -0.1",
+    "negative_mass": "negative share of the magnitude",
+    "smallest": "smallest",
+    "largest": "largest",
+    "dead": "parameters without effect",
+}
 
 
 def settings(setup: Setup) -> dict:
@@ -61,6 +74,8 @@ def collect(setup: Setup) -> Tables:
                 | {"when": when}
                 | counts
                 | {
+                    "below_-0.01": int(np.sum(one.eigenvalues < -0.01)),
+                    "below_-0.1": int(np.sum(one.eigenvalues < -0.1)),
                     "negative_mass": one.negative_mass(),
                     "smallest": one.eigenvalues[0],
                     "largest": one.eigenvalues[-1],
@@ -76,24 +91,25 @@ def collect(setup: Setup) -> Tables:
 
 
 def _change(rows: pd.DataFrame) -> pd.DataFrame:
-    """After less before, mean and extremes over the seeds."""
+    """Means before and after, and the extremes of the change, over the seeds."""
     by = ["method", "checkpoint"]
-    table = rows.pivot(index=[*by, "seed"], columns="when", values="negative")
-    mass = rows.pivot(index=[*by, "seed"], columns="when", values="negative_mass")
-    change = (table["after"] - table["before"]).groupby(level=by, sort=False)
-    found = change.agg(["mean", "min", "max"]).reset_index()
-    more = (mass["after"] - mass["before"]).groupby(level=by, sort=False).mean()
-    before = table["before"].groupby(level=by, sort=False).mean()
-    return found.assign(
-        negative_before=before.to_numpy(), negative_mass=more.to_numpy()
-    )
+    found = []
+    for quantity in QUANTITIES:
+        table = rows.pivot(index=[*by, "seed"], columns="when", values=quantity)
+        table = table.assign(change=table["after"] - table["before"])
+        groups = table.groupby(level=by, sort=False)
+        means = groups[["before", "after", "change"]].mean()
+        extremes = groups["change"].agg(["min", "max"])
+        found.append(means.join(extremes).reset_index().assign(quantity=quantity))
+    return pd.concat(found, ignore_index=True)
 
 
 def plot(found: Tables) -> dict[str, Figure]:
     """Negative eigenvalues along training, and the spectra of the first seed."""
     rows, eigenvalues = found[""], found["eigenvalues"]
-    fig, axes = figures.new(1, 2)
-    for ax, column in zip(axes, ("negative", "negative_mass"), strict=True):
+    shown = ("negative", "below_-0.01", "smallest")
+    fig, axes = figures.new(1, len(shown))
+    for ax, column in zip(axes, shown, strict=True):
         for i, method in enumerate(METHODS):
             for when, style in zip(WHEN, ("o--", "s-"), strict=True):
                 own = rows[(rows["method"] == method) & (rows["when"] == when)]
@@ -101,9 +117,12 @@ def plot(found: Tables) -> dict[str, Figure]:
                 ax.plot(
                     mean.index, mean, f"C{i}{style}", label=f"{method}, {when}", ms=4
                 )
-        ax.set(xlabel="rewire after step", xscale="symlog")
+        # Linear up to the second checkpoint.
+        ax.set_xscale("symlog", linthresh=max(sorted(set(rows["checkpoint"]))[1], 1))
+        ax.set(xlabel="rewire after step")
     axes[0].set(ylabel="negative eigenvalues")
-    axes[1].set(ylabel="share of the magnitude that is negative")
+    axes[1].set(ylabel="eigenvalues below -0.01")
+    axes[2].set(ylabel="smallest eigenvalue")
     axes[0].legend(fontsize=7)
     steps = sorted(set(eigenvalues["checkpoint"]))
     spectra, grid = figures.new(len(METHODS), len(steps), squeeze=False, sharex=True)
@@ -117,23 +136,28 @@ def plot(found: Tables) -> dict[str, Figure]:
                 ]["eigenvalue"]
                 values = np.sort(own)
                 ax.plot(values, np.arange(len(values)), label=when, lw=1)
-            ax.set(xscale="symlog", title=f"{method}, after step {step}")
             ax.set_xscale("symlog", linthresh=1e-4)
-            ax.legend(fontsize=7)
+            ax.set(title=f"{method}, after step {step}")
+            ax.set_xticks([-1, -1e-2, 0, 1e-2, 1, 100])
+    grid[0, 0].legend(fontsize=9)
+    for ax in grid[-1]:
+        ax.set(xlabel="eigenvalue")
+    for ax in grid[:, 0]:
+        ax.set(ylabel="eigenvalues up to there")
     return {"": fig, "eigenvalues": spectra}
 
 
 def beside(found: Tables) -> pd.DataFrame:
-    """What rewires do to the negative eigenvalues, means over the seeds."""
-    change = found["change"]
-    return pd.DataFrame(
-        {
-            "rule": change["method"],
-            "checkpoint": change["checkpoint"],
-            "negative before": change["negative_before"].map("{:.1f}".format),
-            "change": change["mean"].map("{:+.1f}".format),
-            "from": change["min"],
-            "to": change["max"],
-            "change of their mass": change["negative_mass"].map("{:+.4f}".format),
-        }
-    )
+    """What rewires do to the negative eigenvalues: means over the seeds."""
+    change = found["change"].set_index(["method", "checkpoint"])
+    lines = []
+    for (method, checkpoint), own in change.groupby(level=[0, 1], sort=False):
+        rows = own.set_index("quantity")
+        line: dict[str, object] = {"rule": method, "checkpoint": checkpoint}
+        for quantity, name in QUANTITIES.items():
+            row = rows.loc[quantity]
+            counted = ("negative", "below_-0.01", "below_-0.1", "dead")
+            digits = 1 if quantity in counted else 3
+            line[name] = f"{row['before']:.{digits}f} {row['change']:+.{digits}f}"
+        lines.append(line)
+    return pd.DataFrame(lines)
