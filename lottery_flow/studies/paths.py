@@ -7,7 +7,7 @@ import pandas as pd
 
 from lottery_flow.analysis import alignment, autoneb, curves, interpolation
 from lottery_flow.errors import UserError
-from lottery_flow.studies.common import Findings, Options, device
+from lottery_flow.studies.common import Findings, Options, device, forward_batch
 from lottery_flow.study import Study
 
 
@@ -145,9 +145,10 @@ def _masks_of_ends(study: Study, options: Options):
 
 def _path(study: Study, options: Options):
     """What to measure along a path, and on which batches."""
-    n = max(options.examples, 0)
-    batches = study.train_batches(n, options.batch_size or 1000)
-    if not study.network.batch_stats or options.norms == "batch":
+    n, batch_norms = max(options.examples, 0), bool(study.network.batch_stats)
+    size = options.batch_size or (1000 if batch_norms else forward_batch())
+    batches = study.train_batches(n, size)
+    if not batch_norms or options.norms == "batch":
         norms = "batch" if options.norms == "batch" else "frozen"
         return study.objective(norms, options.weight_decay), batches
     if options.norms == "frozen":
