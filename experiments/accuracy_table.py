@@ -50,8 +50,8 @@ def collect(setup: Setup, data: str = "mnist") -> Tables:
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean and spread of the accuracy in percent, and the seeds that never learned."""
     found = tables.mean_and_spread(rows, BY, "test_accuracy", 100.0)
-    # MNIST's most frequent class makes up 11.35 % of its test images.
-    stuck = (rows.set_index(BY)["test_accuracy"] < 0.2).groupby(level=BY, sort=False)
+    stuck = tables.at_chance(rows.set_index(BY)["test_accuracy"])
+    stuck = stuck.groupby(level=BY, sort=False)
     return found.assign(at_chance=stuck.sum().to_numpy())
 
 

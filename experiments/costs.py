@@ -1,7 +1,6 @@
 """What trainings and analyses cost: `timings.csv`, beside the records of runs."""
 
 import contextlib
-import csv
 import resource
 import time
 from collections.abc import Iterator
@@ -38,11 +37,7 @@ def noted(
     file_ = path(setup.records or setup.workdir)
     file_.parent.mkdir(parents=True, exist_ok=True)
     new = not file_.exists()
-    with open(file_, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    pd.DataFrame([row]).to_csv(file_, mode="a", header=new, index=False)
 
 
 def path(folder: str) -> Path:

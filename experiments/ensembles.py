@@ -26,8 +26,6 @@ from lottery_flow.studies.common import device
 from lottery_flow.study import open_run
 
 ABOUT = "accuracy of ensembles, and disagreement"
-
-
 # What is added to the name of a kind for those of its networks that learned.
 LEARNED = ", those that learned"
 
@@ -54,8 +52,7 @@ def collect(setup: Setup) -> Tables:
         apart = found.reference_disagreement
         itself = np.array([t.method == "prune" and s == TICKET_SEED for t, s in own])
         summaries[name] = found._replace(reference_disagreement=apart[~itself])
-        # MNIST's most frequent class makes up 11.35 % of its test images.
-        learned = found.accuracy > 0.2
+        learned = ~tables.at_chance(found.accuracy)
         if 1 < learned.sum() < len(learned):
             part = ensembles_lib.summary(logits[learned], labels, solution)
             summaries[name + LEARNED] = part

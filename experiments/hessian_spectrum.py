@@ -21,15 +21,15 @@ from lottery_flow.analysis import figures, results, spectrum
 ABOUT = "exact spectra before and after rewires along training"
 METHODS = ("rigl", "set", "rigl_inverted")
 WHEN = ("before", "after")
-# What of a spectrum is compared before and after, and how that is called.
+THRESHOLDS = (-0.01, -0.1)
+# What of a spectrum is compared before and after: how it is called, and its digits.
 QUANTITIES = {
-    "negative": "negative",
-    "below_-0.01": "below -0.01",
-    "below_-0.1": "below -0.1",
-    "negative_mass": "negative share of the magnitude",
-    "smallest": "smallest",
-    "largest": "largest",
-    "dead": "parameters without effect",
+    "negative": ("negative", 1),
+    **{f"below_{t}": (f"below {t}", 1) for t in THRESHOLDS},
+    "negative_mass": ("negative share of the magnitude", 3),
+    "smallest": ("smallest", 3),
+    "largest": ("largest", 3),
+    "dead": ("parameters without effect", 1),
 }
 
 
@@ -73,9 +73,8 @@ def collect(setup: Setup) -> Tables:
                 about
                 | {"when": when}
                 | counts
+                | {f"below_{t}": int(np.sum(one.eigenvalues < t)) for t in THRESHOLDS}
                 | {
-                    "below_-0.01": int(np.sum(one.eigenvalues < -0.01)),
-                    "below_-0.1": int(np.sum(one.eigenvalues < -0.1)),
                     "negative_mass": one.negative_mass(),
                     "smallest": one.eigenvalues[0],
                     "largest": one.eigenvalues[-1],
@@ -118,7 +117,7 @@ def plot(found: Tables) -> dict[str, Figure]:
                     mean.index, mean, f"C{i}{style}", label=f"{method}, {when}", ms=4
                 )
         # Linear up to the second checkpoint.
-        ax.set_xscale("symlog", linthresh=max(sorted(set(rows["checkpoint"]))[1], 1))
+        ax.set_xscale("symlog", linthresh=sorted(set(rows["checkpoint"]))[1])
         ax.set(xlabel="rewire after step")
     axes[0].set(ylabel="negative eigenvalues")
     axes[1].set(ylabel="eigenvalues below -0.01")
@@ -154,10 +153,8 @@ def beside(found: Tables) -> pd.DataFrame:
     for (method, checkpoint), own in change.groupby(level=[0, 1], sort=False):
         rows = own.set_index("quantity")
         line: dict[str, object] = {"rule": method, "checkpoint": checkpoint}
-        for quantity, name in QUANTITIES.items():
+        for quantity, (name, digits) in QUANTITIES.items():
             row = rows.loc[quantity]
-            counted = ("negative", "below_-0.01", "below_-0.1", "dead")
-            digits = 1 if quantity in counted else 3
             line[name] = f"{row['before']:.{digits}f} {row['change']:+.{digits}f}"
         lines.append(line)
     return pd.DataFrame(lines)

@@ -148,8 +148,9 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     grouped = rows.groupby(by, sort=False, dropna=False)
     found = grouped["test_accuracy"].agg(["mean", "std", "min", "count"]) * 100
     found["count"] = (found["count"] / 100).astype(int)
-    # MNIST's most frequent class makes up 11.35 % of its test images.
-    found["at_chance"] = grouped["test_accuracy"].agg(lambda a: int((a < 0.2).sum()))
+    found["at_chance"] = grouped["test_accuracy"].agg(
+        lambda a: int(tables.at_chance(a).sum())
+    )
     for column in ("density", "gradient_norm_at_start", "training_flops"):
         found[column] = grouped[column].mean()
     return found.reset_index()

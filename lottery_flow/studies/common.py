@@ -69,12 +69,14 @@ def network(
     return objective, device(study.network.params), study.network.masks, batches
 
 
-def forward_batch() -> int:
-    """Images of a forward pass where their number changes nothing but the time.
+def forward_batch(study: Study, options: Options) -> int:
+    """Images of a forward pass.
 
-    What a small network computes of 125 images stays in the cache of a CPU.
+    Where no norm sees their number, it changes nothing but the time: what a small
+    network computes of 125 images stays in the cache of a CPU.
     """
-    return 125 if jax.default_backend() == "cpu" else 1000
+    alone = not study.network.batch_stats and jax.default_backend() == "cpu"
+    return options.batch_size or (125 if alone else 1000)
 
 
 def device(params):

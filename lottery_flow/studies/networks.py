@@ -5,7 +5,13 @@ import numpy as np
 
 from lottery_flow.analysis import calibration, ensembles, geometry, mds, surface
 from lottery_flow.errors import UserError
-from lottery_flow.studies.common import Findings, Options, device, network
+from lottery_flow.studies.common import (
+    Findings,
+    Options,
+    device,
+    forward_batch,
+    network,
+)
 from lottery_flow.study import Study
 
 
@@ -113,7 +119,7 @@ def calibrate(study: Study, options: Options) -> Findings:
 
 
 def _logits(studies: tuple[Study, ...], options: Options):
-    batches = studies[0].test_batches(options.batch_size or 1000)
+    batches = studies[0].test_batches(forward_batch(studies[0], options))
     labels = np.concatenate([batch["label"] for batch in batches])
     shared = not studies[0].network.batch_stats
     objective = studies[0].objective(options.norms or "frozen")

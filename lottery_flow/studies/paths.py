@@ -145,10 +145,9 @@ def _masks_of_ends(study: Study, options: Options):
 
 def _path(study: Study, options: Options):
     """What to measure along a path, and on which batches."""
-    n, batch_norms = max(options.examples, 0), bool(study.network.batch_stats)
-    size = options.batch_size or (1000 if batch_norms else forward_batch())
-    batches = study.train_batches(n, size)
-    if not batch_norms or options.norms == "batch":
+    n = max(options.examples, 0)
+    batches = study.train_batches(n, forward_batch(study, options))
+    if not study.network.batch_stats or options.norms == "batch":
         norms = "batch" if options.norms == "batch" else "frozen"
         return study.objective(norms, options.weight_decay), batches
     if options.norms == "frozen":
