@@ -11,8 +11,10 @@ import pytest
 from experiments import (
     accuracy_table,
     calibration,
+    ensembles,
     fashion,
     gradient_flow_training,
+    hessian_spectrum,
     launch,
     paper,
     records,
@@ -195,3 +197,49 @@ def test_kept_rows_are_kept_beside_later_ones(tmp_path):
         shutil.rmtree(training.run(setup, 0).parent)
     found = tables.ends([training], setup, ["x"]).set_index("seed")["x"]
     assert found.to_dict() == {0: 1.0, 1: 2.0, 4: 2.0}
+
+
+def test_an_ensemble_has_a_second_row_without_those_that_never_learned(
+    setup, monkeypatch
+):
+    labels = np.array([0, 1, 1, 1, 1, 1, 1, 1])
+    right = np.eye(2, dtype=np.float32)[labels]
+    # Always class 0: right on one image of eight.
+    stuck = np.eye(2, dtype=np.float32)[np.zeros(8, int)]
+
+    def logits(training, seed, setup):
+        fails = training.method == "scratch" and training.only_seed is None
+        fails &= training.init == "masked_dense" and seed in (1, 3)
+        return (stuck if fails else right), labels
+
+    monkeypatch.setattr(ensembles, "_logits", logits)
+    found = ensembles.collect(setup)
+    table = found["summary"].set_index("kind")
+    kind = "scratch, other inits"
+    (second,) = (k for k in table.index if k.endswith(ensembles.LEARNED))
+    assert second == kind + ensembles.LEARNED
+    assert table.loc[kind, "networks"] == 5
+    assert table.loc[kind, "accuracy_mean"] == pytest.approx((3 + 2 / 8) / 5)
+    assert table.loc[second, "networks"] == 3
+    assert table.loc[second, "accuracy_mean"] == 1
+    assert table.loc[second, "reference_disagreement_mean"] == 0
+    (ax, _) = ensembles.plot(found)[""].axes
+    shown = [label.get_text() for label in ax.get_yticklabels()]
+    assert second in shown
+    assert kind not in shown
+
+
+def test_changes_of_spectra_are_means_and_extremes_over_the_seeds():
+    rows = []
+    for seed, (before, after) in enumerate([(10, 14), (20, 22)]):
+        for when, value in (("before", before), ("after", after)):
+            quantities = dict.fromkeys(hessian_spectrum.QUANTITIES, 0.0)
+            about = {"method": "rigl", "checkpoint": 500, "seed": seed, "when": when}
+            rows.append(about | quantities | {"below_-0.1": value})
+    found = hessian_spectrum._change(pd.DataFrame(rows))
+    own = found.set_index("quantity").loc["below_-0.1"]
+    names = ["before", "after", "change", "min", "max"]
+    assert own[names].tolist() == [15, 18, 3, 2, 4]
+    (line,) = hessian_spectrum.beside({"change": found}).to_dict("records")
+    assert line["below -0.1"] == "15.0 +3.0"
+    assert line["smallest"] == "0.000 +0.000"
