@@ -17,6 +17,10 @@ from lottery_flow.analysis import figures
 
 ABOUT = "gradient norm during training"
 METHODS = ("lottery", "scratch", "set", "rigl")
+# Of a method in both panels.
+COLORS = dict(
+    zip((*METHODS, "small_dense", "dense", "prune"), "C0 C1 C2 C3 C4 C7 C5".split())
+)
 
 
 def settings(setup: Setup) -> dict:
@@ -49,19 +53,26 @@ def named(rows: pd.DataFrame) -> pd.DataFrame:
 def plot(found: Tables) -> dict[str, Figure]:
     """Mean and range over the seeds; the paper's curves as dots."""
     rows = named(found[""])
+    published = set(rows["data"]) == {"mnist"}
     fig, axes = figures.new(1, 2, sharey=True)
     sparse = ["lottery", "scratch", "scratch+", "rigl+", "small_dense"]
     others = [c for c in dict.fromkeys(rows["curve"]) if c not in sparse]
     for ax, curves in zip(axes, (sparse, [*others, "rigl+"]), strict=True):
-        for i, curve in enumerate(curves):
+        for curve in curves:
             own = rows[(rows["curve"] == curve) & (rows["step"] > 0)]
-            band(ax, own, "step", "gradient_norm", f"C{i}", curve)
-            if ax is axes[0] and set(rows["data"]) == {"mnist"}:
+            color = COLORS[curve.removesuffix("+")]
+            # Dynamic and fixed masks exist with both initialisations, so those differ.
+            dashed = f"{curve}+" in set(rows["curve"])
+            band(ax, own, "step", "gradient_norm", color, curve, dashed=dashed)
+            if ax is axes[0] and published:
                 dots = paper.GRADIENT_NORM[curve]
-                ax.plot(list(dots), list(dots.values()), f"C{i}o", ms=3.5)
+                shape = {"mfc": "none"} if dashed else {}
+                ax.plot(list(dots), list(dots.values()), f"{color}o", ms=3.5, **shape)
         ax.set(xscale="log", yscale="log", xlabel="step", ylabel="gradient norm")
         ax.legend(fontsize=8)
-    axes[0].set_title("dots: the paper")
+    if published:
+        axes[0].set_title("lines: ours, dots: the paper", fontsize=10)
+    axes[1].set_title("the other methods, and RigL+ again", fontsize=10)
     return {"": fig}
 
 
