@@ -70,13 +70,13 @@ def main() -> None:
     batches = study.train_batches(N_IMAGES, N_AT_ONCE)
     objective, params = study.objective("frozen"), device(study.network.params)
     masks = study.network.masks
-    operator = curvature.hessian(objective.loss, params, masks, batches)
+    operator = curvature.hessian(objective, params, masks, batches)
     images = np.asarray(study.preprocess(batch["image"])).transpose(0, 3, 1, 2)
     labels = np.asarray(batch["label"])
     model = torch_lenet5(study.network.params).eval()
     data = (torch.tensor(images), torch.tensor(labels, dtype=torch.long))
     theirs = PyHessian(model, torch.nn.CrossEntropyLoss(), data=data, cuda=False)
-    gradient = jax.jit(jax.grad(objective.loss))
+    gradient = jax.jit(jax.grad(objective))
     key = jax.random.key(0)
     ours = {
         "top_5": lambda: lanczos.top_eigenpairs(operator, N_EIGENVALUES, key).values[0],

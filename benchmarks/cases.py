@@ -202,7 +202,7 @@ def curvature(n_images: int = 1024, microbatch: int = 64) -> Iterator[Ratio]:
     mean, std = statistics_of(setting)
     loss = objective.classification(
         model.apply, {}, preprocess=lambda x: normalize(x, mean, std)
-    ).loss
+    )
     cut = batches.split(images, microbatch)
     args = state.params, state.masks, cut
     space = active_space(state.params, state.masks)

@@ -18,9 +18,15 @@ from lottery_flow.analysis import figures
 ABOUT = "gradient norm during training"
 METHODS = ("lottery", "scratch", "set", "rigl")
 # Of a method in both panels.
-COLORS = dict(
-    zip((*METHODS, "small_dense", "dense", "prune"), "C0 C1 C2 C3 C4 C7 C5".split())
-)
+COLORS = {
+    "lottery": "C0",
+    "scratch": "C1",
+    "set": "C2",
+    "rigl": "C3",
+    "small_dense": "C4",
+    "dense": "C7",
+    "prune": "C5",
+}
 
 
 def settings(setup: Setup) -> dict:

@@ -132,7 +132,7 @@ def test_networks_with_norms_have_their_own_statistics(tmp_path, monkeypatch):
         assert due > 5
         norms = [
             gradient_flow.gradient_norm(
-                one.objective("frozen").loss,
+                one.objective("frozen"),
                 after.params,
                 after.masks,
                 study.train_batches(60, 60),
@@ -181,7 +181,7 @@ def test_the_spectrum_is_that_of_the_library(runs):
     study = open_run(runs[2], 0)
     flat, unravel = jax.flatten_util.ravel_pytree(study.network.params)
     (batch,) = study.train_batches(70, 70)
-    loss = study.objective("frozen", 0.1).loss
+    loss = study.objective("frozen", 0.1)
     whole = jax.jit(jax.hessian(lambda x: loss(unravel(x), batch)))(flat)
     space = active_space(study.network.params, study.network.masks)
     index = space.flatten(unravel(jax.numpy.arange(len(flat), dtype=flat.dtype)))

@@ -123,8 +123,7 @@ def connect(
     places = np.linspace(0, 1, n_pivots + 2)  # fractions of the chain's length
     line = curves.straight(start, end)
     chain = jnp.stack([space.flatten(curves.point(line, place)) for place in places])
-    loss_fn = objective.loss if isinstance(objective, Objective) else objective
-    step = jax.jit(functools.partial(_step, loss_fn, space.unflatten, momentum))
+    step = jax.jit(functools.partial(_step, objective, space.unflatten, momentum))
 
     def losses_of(chain):
         curve = Curve((start, *map(space.unflatten, chain[1:-1]), end), "polygon")

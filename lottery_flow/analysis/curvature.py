@@ -64,7 +64,7 @@ def hessian(
     """The Hessian of the mean loss over all batches.
 
     Args:
-      loss_fn: `(params, batch) -> scalar`, the mean over the batch; `objective.loss`.
+      loss_fn: `(params, batch) -> scalar`, the mean over the batch; or an `Objective`.
       params: where it is taken.
       masks: what is active; None: everything.
       batches: of any size and number, see `batches`; may be spread over devices.

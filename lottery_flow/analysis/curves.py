@@ -275,11 +275,10 @@ def _point(kind, nodes, t):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _step(objective, optimizer, kind, bends, state, start, end, masks, batch, key):
     """One update of the bends, with the t and the loss that it is made of."""
-    loss_fn = objective.loss if isinstance(objective, Objective) else objective
     t = jax.random.uniform(key)
 
     def loss_at(bends):
-        return loss_fn(_point(kind, (start, *bends, end), t), batch)
+        return objective(_point(kind, (start, *bends, end), t), batch)
 
     loss, grads = jax.value_and_grad(loss_at)(bends)
     # Before the update, for what an optimizer makes of a whole leaf, such as its norm;

@@ -65,7 +65,7 @@ def gradient_norm(
     """The L2 norm of the active gradient of the mean loss, whole and by layer.
 
     Args:
-      loss_fn: `(params, batch) -> scalar`, the mean over the batch; `objective.loss`.
+      loss_fn: `(params, batch) -> scalar`, the mean over the batch; or an `Objective`.
       params: the sparse weights.
       masks: what is active.
       batches: of any size and number, see `batches`.

@@ -96,11 +96,10 @@ def gradient_noise(
             f"{n} examples, chunk={chunk}: give 2 examples and a chunk of 1, or more"
         )
     space = active_space(params, masks)
-    grads = dense_gradient(objective.loss, params, batches)
+    grads = dense_gradient(objective, params, batches)
     mean = _active(space.indices, grads)
     sums = [
-        _deviations(objective.loss, chunk, params, space.indices, mean, b)
-        for b in batches
+        _deviations(objective, chunk, params, space.indices, mean, b) for b in batches
     ]
     # [n l 3], of each example and layer: ||g_i - g||^2, ||g_i||^2, g_i . g
     by_layer = np.concatenate([np.stack(part, 1).astype(np.float64) for part in sums])

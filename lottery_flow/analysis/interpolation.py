@@ -14,6 +14,7 @@ with, which are kept. `interpolated_norms` interpolates the running statistics o
 ends; `recomputed_norms` measures them anew at each point, as Garipov et al. 2018 do.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -325,7 +326,7 @@ def _measure(objective, points, stats, batch):
             loss = fn(params, batch)
             return loss, jnp.full_like(loss, jnp.nan)
         logits = fn.logits(params, batch)
-        loss = fn._replace(logits=lambda *_: logits).loss(params, batch)
+        loss = dataclasses.replace(fn, logits=lambda *_: logits)(params, batch)
         if not isinstance(batch, Mapping) or "label" not in batch:
             return loss, jnp.full_like(loss, jnp.nan)
         label = jnp.asarray(batch["label"])

@@ -3,9 +3,9 @@
     loss(params, batch) = mean of criterion(logits, batch) + penalty(params)
 
 Most of the analysis needs only such a function, `(params, batch) -> scalar`, from
-wherever it comes; where the logits are needed too, an `Objective` says how the one
-follows from the other. A batch is any pytree of arrays whose first axis counts
-examples.
+wherever it comes; where the logits are needed too, an `Objective`, which is such a
+function, says how the one follows from the other. A batch is any pytree of arrays whose
+first axis counts examples.
 
 With norms the loss depends on whose statistics they use, and that is said, never
 guessed. `'frozen'` are the running statistics, as in evaluation: the loss is a mean
@@ -13,9 +13,10 @@ over images and the same however they are cut into batches. `'batch'` are those 
 batch, as in training: another cut is another loss.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,11 @@ from lottery_flow.sparsity import masks as masks_lib
 LossFn = Callable[[PyTree, Any], Array]  # (params, batch) -> scalar
 
 
-class Objective(NamedTuple):
-    """A loss that goes through logits.
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A loss that goes through logits, `(params, batch) -> scalar`.
+
+    The mean of the criterion over the batch, with the penalty.
 
     Attributes:
       logits: `(params, batch) -> float [b c]`.
@@ -43,8 +47,8 @@ class Objective(NamedTuple):
     penalty: Callable | None = None
     separable: bool = True
 
-    def loss(self, params: PyTree, batch: Any) -> Float[Array, ""]:
-        """The mean of the criterion over the batch, with the penalty."""
+    def __call__(self, params: PyTree, batch: Any) -> Float[Array, ""]:
+        """The loss."""
         mean = jnp.mean(self.criterion(self.logits(params, batch), batch))
         return mean if self.penalty is None else mean + self.penalty(params)
 

@@ -183,15 +183,13 @@ def hessian_matrix(
     matrix = np.zeros((space.n, space.n))
     if isinstance(objective, Objective) and objective.separable:
         split, penalty = objective, objective.penalty
-        whole: Any = None
         factors = jax.jit(lambda p, batch: _factors(split, space, p, batch))
     else:
         split = factors = penalty = None
-        whole = objective.loss if isinstance(objective, Objective) else objective
 
     def rest(p, at, batch):
         if split is None:
-            return whole(p, batch)
+            return objective(p, batch)
         return with_fixed_slopes(split, at, batch)(p)
 
     plan = _plan(rest, space, params, batches[0], block)
@@ -249,8 +247,7 @@ def hessian_operator(
     if space.n <= min(10 * n_products, _MATRIX):
         matrix = hessian_matrix(objective, params, masks, batches, progress=progress)
         return explicit(matrix, space)
-    loss = objective.loss if isinstance(objective, Objective) else objective
-    return hessian(loss, params, masks, batches)
+    return hessian(objective, params, masks, batches)
 
 
 def plot_spectrum(*results: Spectrum, labels: tuple[str, ...] = ()) -> Figure:

@@ -75,7 +75,7 @@ def through_solutions(
     """The loss on the plane through three networks.
 
     Args:
-      loss_fn: `(params, batch) -> scalar`, the mean over the batch; `objective.loss`.
+      loss_fn: `(params, batch) -> scalar`, the mean over the batch; or an `Objective`.
       solutions: three networks of the same shapes. The first is the origin, the second
         lies on the x axis. Coordinates are L2 distances in weight space.
       batches: of any size and number, see `batches`.

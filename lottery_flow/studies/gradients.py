@@ -18,10 +18,10 @@ SPARSITIES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99)
 def gradient_norm(study: Study, options: Options) -> Findings:
     """Gradient flow by layer, and how far a step takes the loss down."""
     args = network(study, options, "batch", study.job.probe_examples)
-    found = gradient_flow.gradient_norm(args[0].loss, *args[1:])
+    found = gradient_flow.gradient_norm(args[0], *args[1:])
     rate = float(jnp.asarray(study.job.learning_rate(study.step)))
     rate = rate or float(study.job.knobs["learning_rate"])  # a cosine ends with zero
-    decrease = gradient_flow.loss_decrease(args[0].loss, *args[1:], learning_rate=rate)
+    decrease = gradient_flow.loss_decrease(args[0], *args[1:], learning_rate=rate)
     text = (
         f"gradient norm {found.gradient_norm[0]:.4g}; a step of learning rate "
         f"{rate:.3g} takes {decrease.measured:.4g} off the loss, "
@@ -46,7 +46,7 @@ def gradient_flow_(study: Study, options: Options) -> Findings:
             "or ask gradient_norm of each"
         )
     networks = ((step, n.params, n.masks) for step, n in study.networks())
-    frame = gradient_flow.trajectory(objective.loss, networks, batches)
+    frame = gradient_flow.trajectory(objective, networks, batches)
     whole = frame[frame["layer"] == "all"]["gradient_norm"].to_numpy()
     text = f"gradient norm {whole[0]:.4g} at first, {whole[-1]:.4g} in the end"
     return Findings({"": frame}, {"": gradient_flow.plot_trajectory(frame)}, text)
@@ -66,7 +66,7 @@ def rewire(study: Study, options: Options) -> Findings:
     study = study._replace(network=before)  # its statistics of norms, too
     objective, *_, batches = network(study, options, "batch", study.job.probe_examples)
     found = gradient_flow.rewire_gain(
-        objective.loss,
+        objective,
         (device(before.params), before.masks),
         (device(after.params), after.masks),
         batches,
@@ -101,12 +101,12 @@ def compare_rules(study: Study, options: Options) -> Findings:
         "rigl_inverted": rules.rigl_inverted,
     }
     frame = gradient_flow.compare_rules(
-        objective.loss,
+        objective,
         params,
         masks,
         batches,
         {name: rule(due, drop) for name, rule in make.items()},
-        gradient_flow.dense_gradient(objective.loss, params, grow),
+        gradient_flow.dense_gradient(objective, params, grow),
         key=jax.random.key(options.seed),
     )
     whole = frame[frame["layer"] == "all"].set_index("rule")["gain"]

@@ -56,7 +56,7 @@ def top_eigenvalues(study: Study, options: Options) -> Findings:
         )
         for which in ("largest", "smallest")
     }
-    gradient = curvature.gradient(objective.loss, *args)
+    gradient = curvature.gradient(objective, *args)
     overlap = curvature.gradient_overlap(gradient, pairs["largest"].vectors)
     unsure = [
         which
@@ -135,7 +135,7 @@ def _network(study: Study, options: Options):
 
 def _operator(study: Study, options: Options):
     objective, *args = _network(study, options)
-    return curvature.hessian(objective.loss, *args), objective, args
+    return curvature.hessian(objective, *args), objective, args
 
 
 def _describe(found: spectrum.Spectrum) -> str:

@@ -67,11 +67,11 @@ def loss_surface(study: Study, options: Options) -> Findings:
         three = [params, *(device(s.network.params) for s in options.against)]
         names = [s.name for s in (study, *options.against)]
         found = surface.through_solutions(
-            objective.loss, three, batches, labels=tuple(names)
+            objective, three, batches, labels=tuple(names)
         )
     else:
         key = jax.random.key(options.seed)
-        found = surface.around_solution(key, objective.loss, params, masks, batches)
+        found = surface.around_solution(key, objective, params, masks, batches)
     text = f"loss from {found.loss.min():.4g} to {found.loss.max():.4g}"
     return Findings({"": found}, {"": surface.plot_surface(found)}, text)
 

@@ -256,7 +256,7 @@ def small():
 
     @jax.jit
     def descend(params):
-        grads = masks_lib.apply(a.masks, jax.grad(objective.loss)(params, data))
+        grads = masks_lib.apply(a.masks, jax.grad(objective)(params, data))
         return jax.tree.map(lambda w, g: w - 0.3 * g, params, grads)
 
     flipped = jax.tree.map(lambda w: np.flip(np.asarray(w)), a.params)

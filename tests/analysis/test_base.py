@@ -90,9 +90,9 @@ def test_the_objective_is_cross_entropy_and_the_penalty_half_the_squares_of_kern
         z = np.asarray(logits)
         own = z[np.arange(11), net.data["label"]]
         wanted = np.mean(np.log(np.exp(z).sum(axis=1)) - own)
-        found = net.objective().loss(net.params, net.data)
+        found = net.objective()(net.params, net.data)
         np.testing.assert_allclose(found, wanted)
-        with_penalty = net.objective(weight_decay=0.2).loss(net.params, net.data)
+        with_penalty = net.objective(weight_decay=0.2)(net.params, net.data)
         kernels = [w for w in jax.tree.leaves(net.params) if w.ndim >= 2]
         penalty = 0.1 * sum(np.sum(np.square(w)) for w in kernels)
         np.testing.assert_allclose(with_penalty - found, penalty)

@@ -18,7 +18,7 @@ def brute_force(net, objective):
     labels, n = net.data["label"], len(net.data["label"])
     g, p = np.zeros((n, N_CLASSES, space.n)), np.zeros((n, N_CLASSES))
     predict = jax.jit(lambda one: jax.nn.softmax(objective.logits(net.params, one)[0]))
-    grad = jax.jit(lambda one: space.flatten(jax.grad(objective.loss)(net.params, one)))
+    grad = jax.jit(lambda one: space.flatten(jax.grad(objective)(net.params, one)))
     for i in range(n):
         one = jax.tree.map(lambda x, i=i: x[i : i + 1], net.data)
         p[i] = predict(one)

@@ -31,10 +31,10 @@ def test_hessian_equals_the_dense_one(norm, options):
         net = network(norm=norm)
         objective = net.objective(**options)
         batches = batches_lib.split(net.data, 4)  # 4 + 4 + 3
-        operator = curvature.hessian(objective.loss, net.params, net.masks, batches)
+        operator = curvature.hessian(objective, net.params, net.masks, batches)
         # All at once, where that has the same loss.
         whole = batches if options.get("norms") == "batch" else [net.data]
-        wanted = dense_hessian(objective.loss, net.params, net.masks, whole)
+        wanted = dense_hessian(objective, net.params, net.masks, whole)
         np.testing.assert_allclose(all_columns(operator), wanted, rtol=0, atol=1e-12)
         assert np.abs(wanted).max() > 0.1
 
@@ -42,7 +42,7 @@ def test_hessian_equals_the_dense_one(norm, options):
 def test_the_cut_into_batches_does_not_matter():
     with jax.enable_x64(True):
         net = network(norm=True)
-        loss = net.objective().loss
+        loss = net.objective()
         v = jnp.asarray(np.random.default_rng(0).standard_normal(81))
 
         def product(loss, size):
@@ -50,7 +50,7 @@ def test_the_cut_into_batches_does_not_matter():
             return curvature.hessian(loss, net.params, net.masks, cut)(v)
 
         np.testing.assert_allclose(product(loss, 3), product(loss, 11), atol=1e-13)
-        trained = net.objective(norms="batch").loss
+        trained = net.objective(norms="batch")
         difference = product(trained, 3) - product(trained, 11)
         assert jnp.abs(difference).max() > 1e-3
 
@@ -58,7 +58,7 @@ def test_the_cut_into_batches_does_not_matter():
 def test_hvp_of_trees_masks_before_and_after():
     with jax.enable_x64(True):
         net = network()
-        loss = net.objective().loss
+        loss = net.objective()
         batches = [net.data]
         wanted = dense_hessian(loss, net.params, net.masks, batches)
         tangent = jax.tree.map(jnp.ones_like, net.params)  # inactive entries too
@@ -96,7 +96,7 @@ def test_gauss_newton_and_residual_make_the_hessian():
         gauss_newton = all_columns(curvature.gauss_newton(objective, *args))
         np.testing.assert_allclose(gauss_newton, wanted, atol=1e-12)
         rest = all_columns(curvature.residual(objective, *args))
-        whole = all_columns(curvature.hessian(objective.loss, *args))
+        whole = all_columns(curvature.hessian(objective, *args))
         np.testing.assert_allclose(gauss_newton + rest, whole, atol=1e-12)
         assert np.linalg.eigvalsh(gauss_newton).min() > -1e-12
         assert np.linalg.eigvalsh(rest).min() < -1e-3
@@ -105,7 +105,7 @@ def test_gauss_newton_and_residual_make_the_hessian():
 def test_the_hessian_is_the_derivative_of_the_gradient():
     with jax.enable_x64(True):
         net = network(activation=nn.relu)
-        loss = net.objective().loss
+        loss = net.objective()
         operator = curvature.hessian(loss, net.params, net.masks, [net.data])
         v = jnp.asarray(np.random.default_rng(1).standard_normal(operator.space.n))
         step = 1e-6
@@ -125,7 +125,7 @@ def test_the_hessian_is_the_derivative_of_the_gradient():
 def test_no_masks_means_everything():
     with jax.enable_x64(True):
         net = network()
-        operator = curvature.hessian(net.objective().loss, net.params, None, [net.data])
+        operator = curvature.hessian(net.objective(), net.params, None, [net.data])
         assert operator.space.n == sum(x.size for x in jax.tree.leaves(net.params))
 
 
@@ -165,7 +165,7 @@ def test_wrong_inputs_get_a_sentence():
     with jax.enable_x64(True):
         net = network()
     with pytest.raises(ValueError, match="batches is empty"):
-        curvature.hessian(net.objective().loss, net.params, net.masks, [])
+        curvature.hessian(net.objective(), net.params, net.masks, [])
     with pytest.raises(ValueError, match="norms='train' is unknown; write 'frozen'"):
         net.objective(norms="train")
 

@@ -215,7 +215,7 @@ def test_an_objective_acts_with_its_penalty_at_the_point():
     t = training.t[0]
     middle = 0.5 * vector(a.params) + 0.5 * vector(b.params)
     phi = curves.point(curves.straight(a.params, b.params), t)
-    plain = jax.jit(jax.grad(frozen().loss))(phi, cut[0])
+    plain = jax.jit(jax.grad(frozen()))(phi, cut[0])
     decay = jax.tree.map(lambda w: 0.5 * w if w.ndim > 1 else 0 * w, phi)
     wanted = middle - 2 * t * (1 - t) * (vector(plain) + vector(decay))
     np.testing.assert_allclose(vector(curve.nodes[1]), wanted, atol=1e-12)
@@ -373,7 +373,7 @@ def test_a_curve_is_evaluated_where_it_is():
             *curve.nodes,
         )
         logits = np.asarray(objective.logits(params, a.data))
-        np.testing.assert_allclose(loss, objective.loss(params, a.data), rtol=1e-12)
+        np.testing.assert_allclose(loss, objective(params, a.data), rtol=1e-12)
         right = logits.argmax(1) == a.data["label"]
         np.testing.assert_allclose(accuracy, np.mean(right), rtol=1e-12)
 

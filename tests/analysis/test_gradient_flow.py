@@ -34,7 +34,7 @@ def float64(norms="frozen"):
 @functools.cache  # and with it what is compiled for the loss
 def make(norm=False, norms="frozen", *, seed=0):
     net = network(norm=norm, seed=seed)
-    return net, net.objective(norms=norms).loss
+    return net, net.objective(norms=norms)
 
 
 @functools.cache
@@ -109,7 +109,7 @@ def test_it_is_the_gradient_norm_of_a_run():
         objective = net.objective(
             norms="batch", preprocess=lambda x: steps.normalize(x, mean, std)
         )
-        found = lib.gradient_norm(objective.loss, net.params, net.masks, [batch])
+        found = lib.gradient_norm(objective, net.params, net.masks, [batch])
         wanted = jax.jit(probe)(state, batch)["gradient_norm"]
         np.testing.assert_allclose(found.gradient_norm[0], wanted, rtol=1e-6)
 

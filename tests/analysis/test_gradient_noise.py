@@ -1,5 +1,6 @@
 """Gradient noise against single examples, over a whole population, and by hand."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -40,7 +41,7 @@ def one_by_one(norm):
     net = network(norm=norm)
     objective = net.objective(weight_decay=0.1)
     space = active_space(net.params, net.masks)
-    grad = jax.jit(jax.grad(objective.loss))
+    grad = jax.jit(jax.grad(objective))
     gradients = [
         space.flatten(grad(net.params, b)) for b in batches_lib.split(net.data, 1)
     ]
@@ -175,7 +176,7 @@ def test_wrong_inputs():
         noise(a[:1], b[:1])
     with pytest.raises(ValueError, match="chunk=0"):
         noise(a, b, chunk=0)
-    objective = LINEAR._replace(separable=False)
+    objective = dataclasses.replace(LINEAR, separable=False)
     with pytest.raises(ValueError, match="norms='frozen'"):
         lib.gradient_noise(objective, ZEROS, None, [{"a": a, "b": b}])
 

@@ -35,7 +35,7 @@ def test_trace_and_diagonal_of_a_diagonal_operator_are_exact():
 def test_trace_and_diagonal_are_unbiased_and_know_their_error():
     with jax.enable_x64(True):
         net = network(norm=True)
-        loss = net.objective().loss
+        loss = net.objective()
         operator = curvature.hessian(loss, net.params, net.masks, [net.data])
         matrix = dense_hessian(loss, net.params, net.masks, [net.data])
         seen = []
@@ -80,7 +80,7 @@ def test_the_quadratic_form_is_that_of_the_product():
         even = batches_lib.split(jax.tree.map(lambda x: x[:8], net.data), 4)
         at = net.params, net.masks
         operators = {
-            "hessian": curvature.hessian(objective.loss, *at, batches),
+            "hessian": curvature.hessian(objective, *at, batches),
             "gauss_newton": curvature.gauss_newton(objective, *at, even),
             "residual": curvature.residual(objective, *at, even),
         }

@@ -1,5 +1,6 @@
 """Linear paths against numpy, barriers by hand, statistics of norms layer by layer."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -127,7 +128,10 @@ def test_a_loss_function_gives_no_accuracy_and_the_penalty_counts():
     objective = a.objective(weight_decay=0.1)
     cut = batches.split(a.data, 4)
     path = interpolation.linear(
-        objective.loss, a.params, b.params, cut, **NONE, alphas=np.array([0.4])
+        lambda p, batch: objective(p, batch),
+        *(a.params, b.params, cut),
+        **NONE,
+        alphas=np.array([0.4]),
     )
     assert np.all(np.isnan(path.accuracy))
     params = numpy_line(a.params, b.params, 0.4)
@@ -145,7 +149,9 @@ def test_a_loss_function_gives_no_accuracy_and_the_penalty_counts():
 
 def test_accuracy_is_nan_without_labels():
     a, b = two_networks()
-    objective = frozen()._replace(criterion=lambda logits, batch: logits[:, 0])
+    objective = dataclasses.replace(
+        frozen(), criterion=lambda logits, batch: logits[:, 0]
+    )
     path = interpolation.linear(
         objective, a.params, b.params, [{"image": a.data["image"]}], **NONE
     )

@@ -129,7 +129,7 @@ def test_quadrature_is_exact_for_the_first_moments(scale):
 def test_density_of_a_sparse_network_is_that_of_its_exact_spectrum():
     with jax.enable_x64(True):
         net = network()
-        loss = net.objective().loss
+        loss = net.objective()
         args = net.params, net.masks, [net.data]
         operator = curvature.hessian(loss, *args)
         exact = np.linalg.eigvalsh(dense_hessian(loss, *args))

@@ -31,7 +31,7 @@ def test_it_equals_the_dense_hessian(norm, activation, options):
         found = spectrum.hessian_matrix(objective, *args, block=7)
         # All at once, where that has the same loss.
         whole = batches if options.get("norms") == "batch" else [net.data]
-        wanted = dense_hessian(objective.loss, net.params, net.masks, whole)
+        wanted = dense_hessian(objective, net.params, net.masks, whole)
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12)
         np.testing.assert_array_equal(found, found.T)
 
@@ -43,7 +43,7 @@ def test_products_are_the_same_by_the_matrix_and_without(n_products):
         objective, batches = net.objective(), batches_lib.split(net.data, 4)
         args = objective, net.params, net.masks, batches
         operator = spectrum.hessian_operator(*args, n_products=n_products)
-        wanted = dense_hessian(objective.loss, net.params, net.masks, [net.data])
+        wanted = dense_hessian(objective, net.params, net.masks, [net.data])
         vectors = np.random.default_rng(0).standard_normal((3, len(wanted)))
         rows = jnp.asarray(vectors)
         np.testing.assert_allclose(operator.product(rows), vectors @ wanted, atol=1e-12)

@@ -113,7 +113,7 @@ class TestThroughSolutions:
     @jax.numpy_dtype_promotion("standard")
     def test_the_loss_is_that_of_the_network_there(self, small, norms):
         solutions = [small.params, *others(small.params, small.masks)]
-        loss = small.objective(norms=norms, weight_decay=0.01).loss
+        loss = small.objective(norms=norms, weight_decay=0.01)
         batches = batches_lib.split(small.data, 6)  # of 6 and 5 examples
         result = surface.through_solutions(
             loss, solutions, batches, n_points=4, block=3
@@ -272,7 +272,7 @@ class TestFilterNormalised:
 
 class TestAroundSolution:
     def test_the_loss_is_that_of_the_network_there(self, small):
-        loss = small.objective().loss
+        loss = small.objective()
         key = jax.random.key(3)
         result = surface.around_solution(
             key, loss, small.params, small.masks, [small.data], n_points=3, reach=0.5
@@ -293,7 +293,7 @@ class TestAroundSolution:
         np.testing.assert_array_equal(result.points, [[0, 0]])
 
     def test_vectors_move_if_told(self, small):
-        args = (small.objective().loss, small.params, small.masks, [small.data])
+        args = (small.objective(), small.params, small.masks, [small.data])
         still, moved = (
             surface.around_solution(
                 jax.random.key(0), *args, n_points=3, move_vectors=flag
@@ -311,7 +311,7 @@ class TestAroundSolution:
         first, second = (
             surface.around_solution(
                 jax.random.key(0),
-                small.objective().loss,
+                small.objective(),
                 params,
                 small.masks,
                 [small.data],
