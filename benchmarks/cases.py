@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from benchmarks import pipeline
-from benchmarks.measure import Ratio, compare
+from benchmarks.measure import Ratio, again, compare
 from benchmarks.networks import (
     SETTINGS,
     create_model,
@@ -93,16 +93,9 @@ def topk(size: int, target: float | None = None) -> Iterator[Ratio]:
 
     selection = jax.jit(topk_mask)
 
-    def repeat(fn, *args):
-        def way(n):
-            for _ in range(n):
-                jax.block_until_ready(fn(*args))
-
-        return way
-
     ways = {
-        f"top-k of {size:.2g}": repeat(selection, scores, jnp.int32(size // 10)),
-        "argsort": repeat(by_argsort, scores),
+        f"top-k of {size:.2g}": again(selection, scores, jnp.int32(size // 10)),
+        "argsort": again(by_argsort, scores),
     }
     targets = {} if target is None else {f"top-k of {size:.2g}": target}
     yield from compare(ways, "argsort", targets=targets, rounds=5)
@@ -211,26 +204,19 @@ def curvature(n_images: int = 1024, microbatch: int = 64) -> Iterator[Ratio]:
     key, probes = jax.random.key(0), 10
     vectors = jax.random.normal(key, (probes, space.n))
 
-    def repeat(fn):
-        def way(n):
-            for _ in range(n):
-                jax.block_until_ready(fn())
-
-        return way
-
     def chains():
         return lanczos.advance(hessian, lanczos.start(vectors, 100), key).basis
 
     ways = {
-        "curvature: gradient": repeat(
+        "curvature: gradient": again(
             lambda: batches.mean(lambda b: grad(state.params, b), cut)
         ),
-        "curvature: product": repeat(lambda: hessian.product(vectors[:1])),
-        "curvature: product of ten": repeat(lambda: hessian.product(vectors)),
-        "curvature: trace": repeat(
+        "curvature: product": again(lambda: hessian.product(vectors[:1])),
+        "curvature: product of ten": again(lambda: hessian.product(vectors)),
+        "curvature: trace": again(
             lambda: hutchinson.trace(hessian, key, n_probes=probes).samples
         ),
-        "curvature: Lanczos": repeat(chains),
+        "curvature: Lanczos": again(chains),
     }
     ten = dict.fromkeys(list(ways)[2:], probes)
     targets = dict.fromkeys(list(ways)[1:], 3.0)
