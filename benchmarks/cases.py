@@ -21,9 +21,9 @@ from benchmarks.networks import (
 from lottery_flow import population
 from lottery_flow.analysis import batches, hutchinson, lanczos, objective
 from lottery_flow.analysis import curvature as curvature_lib
-from lottery_flow.analysis.active import active_space
 from lottery_flow.parallel import Devices
 from lottery_flow.population import less_memory
+from lottery_flow.sparsity.active import active_space
 from lottery_flow.sparsity.topk import topk_mask
 from lottery_flow.steps import normalize
 

@@ -12,7 +12,7 @@ import run_cli
 
 from lottery_flow import analyze, models
 from lottery_flow.analysis import gradient_flow, results, spectrum
-from lottery_flow.analysis.active import active_space
+from lottery_flow.sparsity.active import active_space
 from lottery_flow.studies import STUDIES
 from lottery_flow.study import next_rewire, open_run
 

@@ -18,7 +18,6 @@ function makes a figure of its result.
 """
 
 from lottery_flow.analysis import (
-    active,
     alignment,
     autoneb,
     batches,
@@ -41,7 +40,6 @@ from lottery_flow.analysis import (
 )
 
 __all__ = [
-    "active",
     "alignment",
     "autoneb",
     "batches",

@@ -25,12 +25,12 @@ from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
 from lottery_flow.analysis import curves, figures
-from lottery_flow.analysis.active import active_space
 from lottery_flow.analysis.batches import Batches
 from lottery_flow.analysis.curves import Curve
 from lottery_flow.analysis.interpolation import PathObjective
 from lottery_flow.analysis.objective import LossFn, Objective
 from lottery_flow.sparsity import masks as masks_lib
+from lottery_flow.sparsity.active import active_space
 from lottery_flow.sparsity.masks import Masks, Params
 
 # (steps, learning rate) of each cycle, in the paper, and with a tenth of the steps.

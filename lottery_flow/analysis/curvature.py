@@ -26,9 +26,9 @@ from matplotlib.figure import Figure
 
 from lottery_flow.analysis import batches as batches_lib
 from lottery_flow.analysis import figures
-from lottery_flow.analysis.active import ActiveSpace, active_space
 from lottery_flow.analysis.batches import Batches
 from lottery_flow.analysis.objective import LossFn, Objective
+from lottery_flow.sparsity.active import ActiveSpace, active_space
 from lottery_flow.sparsity.masks import Masks, Params
 
 Progress = Callable[[int, int], None]  # (done, all)

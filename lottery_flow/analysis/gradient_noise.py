@@ -27,10 +27,10 @@ from matplotlib.figure import Figure
 
 from lottery_flow.analysis import batches as batches_lib
 from lottery_flow.analysis import figures
-from lottery_flow.analysis.active import active_space
 from lottery_flow.analysis.batches import Batches
 from lottery_flow.analysis.gradient_flow import dense_gradient
 from lottery_flow.analysis.objective import Objective
+from lottery_flow.sparsity.active import active_space
 from lottery_flow.sparsity.masks import Masks, Params
 
 

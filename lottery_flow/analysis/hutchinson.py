@@ -17,8 +17,8 @@ from jaxtyping import Array, Key
 from matplotlib.figure import Figure
 
 from lottery_flow.analysis import figures
-from lottery_flow.analysis.active import ActiveSpace
 from lottery_flow.analysis.curvature import Operator, Progress
+from lottery_flow.sparsity.active import ActiveSpace
 
 
 class Trace(NamedTuple):

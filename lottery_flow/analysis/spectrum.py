@@ -26,7 +26,6 @@ from matplotlib.figure import Figure
 
 from lottery_flow.analysis import batches as batches_lib
 from lottery_flow.analysis import figures
-from lottery_flow.analysis.active import ActiveSpace, active_space
 from lottery_flow.analysis.batches import Batches
 from lottery_flow.analysis.curvature import (
     Operator,
@@ -38,6 +37,7 @@ from lottery_flow.analysis.curvature import (
     with_fixed_slopes,
 )
 from lottery_flow.analysis.objective import LossFn, Objective
+from lottery_flow.sparsity.active import ActiveSpace, active_space
 from lottery_flow.sparsity.masks import Masks, Params
 
 Network = tuple[Params, Masks | None]  # (params, masks)

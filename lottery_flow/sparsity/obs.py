@@ -24,7 +24,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from lottery_flow.sparsity import masks as masks_lib
-from lottery_flow.sparsity import second_order
+from lottery_flow.sparsity.active import active_space
 from lottery_flow.sparsity.masks import Masks, Params
 from lottery_flow.sparsity.topk import topk_mask
 
@@ -70,7 +70,7 @@ def blocks(
     """Which active parameters form a block: consecutive ones of one leaf.
 
     Args:
-      masks: concrete; coordinates are those of `second_order.active_vector`.
+      masks: concrete; coordinates are those of `active.active_space`.
       params: arrays or shapes.
       size: parameters a block; None for a whole leaf.
 
@@ -78,21 +78,21 @@ def blocks(
       Coordinates, int32; n where a block is not full.
 
     Raises:
-      ValueError: a size below 1.
+      ValueError: a size below 1, or nothing is active.
     """
     if size is not None and size < 1:
         raise ValueError(f"size={size}: give 1 or more parameters a block")
-    lengths = [len(i) for i in second_order.active_indices(masks, params)]
-    n, width = sum(lengths), size or max(lengths)
-    rows, start = [], 0
-    for length in lengths:
-        for first in range(0, length, width):
-            row = np.full(width, n, np.int32)
-            part = np.arange(first, min(first + width, length)) + start
+    space = active_space(params, masks)
+    leaves = space.layers.values()
+    width = size or max(leaf.stop - leaf.start for leaf in leaves)
+    rows = []
+    for leaf in leaves:
+        for first in range(leaf.start, leaf.stop, width):
+            row = np.full(width, space.n, np.int32)
+            part = np.arange(first, min(first + width, leaf.stop))
             row[: len(part)] = part
             rows.append(row)
-        start += length
-    return np.stack(rows) if rows else np.zeros((0, width), np.int32)
+    return np.stack(rows)
 
 
 @jax.jit
@@ -136,8 +136,8 @@ def obs_prune(
         `increase` and the weights left are at its minimum.
       - One block of everything gives what the whole inverse gives.
     """
-    weights = second_order.active_vector(masks, params)
-    n = weights.size
+    space = active_space(params, masks)
+    weights, n = space.flatten(params), space.n
     if layout is None:
         layout, inverse = np.arange(n, dtype=np.int32)[None], inverse[None]
     if inverse.shape != (*layout.shape, layout.shape[1]):
@@ -145,11 +145,9 @@ def obs_prune(
             f"inverse has shape {inverse.shape}, the blocks {layout.shape}; take both "
             "for the active parameters of the same masks"
         )
-    flags = jax.tree.leaves(masks, is_leaf=lambda x: x is None)
-    indices = second_order.active_indices(masks, params)
-    removable = np.concatenate(
-        [np.full(len(i), m is not None) for m, i in zip(flags, indices, strict=True)]
-    )
+    removable = np.zeros(n, bool)
+    for leaf, index in zip(space.layers.values(), space.indices, strict=True):
+        removable[leaf] = index is not None
     n_masked = int(removable.sum())
     if not 0 <= n_remove <= n_masked:
         raise ValueError(
@@ -159,13 +157,12 @@ def obs_prune(
     weights, kept, increase = _prune(
         weights, jnp.asarray(removable), inverse, jnp.asarray(layout), n_remove
     )
-    new_params = second_order.from_active_vector(masks, weights, params)
-    booleans = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, bool), params)
-    left = second_order.from_active_vector(masks, kept, booleans)
+    left = space.unflatten(kept.astype(space.dtype))
     new_masks = masks_lib.tree_map(
-        lambda mask, flag: None if mask is None else flag, masks, left
+        lambda mask, flag: None if mask is None else flag != 0, masks, left
     )
-    return Pruned(masks_lib.apply(new_masks, new_params), new_masks, increase)
+    new_params = masks_lib.apply(new_masks, space.unflatten(weights))
+    return Pruned(new_params, new_masks, increase)
 
 
 class _Block(NamedTuple):

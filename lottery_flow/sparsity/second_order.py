@@ -3,10 +3,10 @@
     saliency      h_kk w_k^2 / 2                      h the Hessian, or
     Gauss-Newton  G = mean_b J_b^T (d^2 l / dz^2) J_b     z the outputs of example b
 
-Vectors and matrices are over the active parameters: the active entries of leaves with a
-mask and all of the others, leaf after leaf. Sources: LeCun, Denker & Solla 1989,
-"Optimal brain damage" (whose backward recursion approximates the second diagonal; here
-both are exact). Random probes, for large networks, are in `analysis.hutchinson`.
+Vectors and matrices are over the active parameters, see `active`. Sources: LeCun,
+Denker & Solla 1989, "Optimal brain damage" (whose backward recursion approximates the
+second diagonal; here both are exact). Random probes, for large networks, are in
+`analysis.hutchinson`.
 """
 
 from collections.abc import Callable
@@ -14,62 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, PyTree, Shaped
+from jaxtyping import Array, Float, PyTree
 
+from lottery_flow.sparsity.active import active_space
 from lottery_flow.sparsity.masks import Masks, Params
-
-
-def active_vector(masks: Masks, tree: PyTree) -> Float[Array, " n"]:
-    """The active entries of a tree, one after the other.
-
-    Args:
-      masks: concrete (not traced), so that n is known.
-      tree: of the same structure.
-
-    Returns:
-      float32, or float64 if a leaf is.
-    """
-    leaves = jax.tree.leaves(tree)
-    wide = any(leaf.dtype == jnp.float64 for leaf in leaves)
-    kind = jnp.float64 if wide else jnp.float32
-    indices = active_indices(masks, tree)
-    parts = [
-        jnp.ravel(leaf).astype(kind)[i] for leaf, i in zip(leaves, indices, strict=True)
-    ]
-    return jnp.concatenate(parts)
-
-
-def from_active_vector(
-    masks: Masks, vector: Shaped[Array, " n"], params: PyTree
-) -> PyTree:
-    """The tree with these active entries; shapes and dtypes are those of `params`.
-
-    Guarantees:
-      - Inactive entries are exactly zero.
-      - Of `active_vector(masks, params)` it gives `masks.apply(masks, params)`.
-    """
-    leaves, treedef = jax.tree.flatten(params)
-    new, start = [], 0
-    for leaf, index in zip(leaves, active_indices(masks, params), strict=True):
-        entries = vector[start : start + len(index)].astype(leaf.dtype)
-        start += len(index)
-        flat = jnp.zeros(leaf.size, leaf.dtype)
-        flat = flat.at[index].set(entries, unique_indices=True, indices_are_sorted=True)
-        new.append(flat.reshape(leaf.shape))
-    return jax.tree.unflatten(treedef, new)
-
-
-def active_indices(masks: Masks, params: PyTree) -> list[np.ndarray]:
-    """Flat indices of the active entries of every leaf, in order."""
-
-    def of(mask, leaf):
-        return np.arange(leaf.size) if mask is None else np.flatnonzero(np.array(mask))
-
-    flags = jax.tree.leaves(masks, is_leaf=lambda x: x is None)
-    pairs = zip(flags, jax.tree.leaves(params), strict=True)
-    return [of(mask, leaf).astype(np.int32) for mask, leaf in pairs]
 
 
 def hessian(
@@ -77,10 +26,8 @@ def hessian(
 ) -> Float[Array, "n n"]:
     """The whole Hessian over the active parameters: n^2 numbers."""
 
-    def loss(vector):
-        return loss_fn(from_active_vector(masks, vector, params))
-
-    return jax.hessian(loss)(active_vector(masks, params))
+    space = active_space(params, masks)
+    return jax.hessian(lambda v: loss_fn(space.unflatten(v)))(space.flatten(params))
 
 
 def hessian_diagonal(
@@ -101,17 +48,16 @@ def hessian_diagonal(
     Returns:
       A tree like `params`, zero where inactive.
     """
-    at = active_vector(masks, params)
-
-    def slope(vector):
-        return jax.grad(lambda v: loss_fn(from_active_vector(masks, v, params)))(vector)
+    space = active_space(params, masks)
+    at = space.flatten(params)
+    slope = jax.grad(lambda v: loss_fn(space.unflatten(v)))
 
     def entry(i):
         unit = jnp.zeros_like(at).at[i].set(1)
         return jax.jvp(slope, (at,), (unit,))[1][i]
 
     diagonal = lax.map(entry, jnp.arange(at.size), batch_size=min(block, at.size))
-    return from_active_vector(masks, diagonal, params)
+    return space.unflatten(diagonal)
 
 
 def gauss_newton_diagonal(
@@ -172,7 +118,6 @@ def example_gradients(
       examples: arrays with a leading axis of m examples.
     """
 
-    def gradient(example):
-        return active_vector(masks, jax.grad(loss_fn)(params, example))
-
-    return jax.vmap(gradient)(examples)
+    space = active_space(params, masks)
+    gradient = jax.grad(loss_fn)
+    return jax.vmap(lambda one: space.flatten(gradient(params, one)))(examples)

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from small_networks import network
 
 from lottery_flow.analysis import batches, curvature, figures, objective, results
-from lottery_flow.analysis.active import active_space
 from lottery_flow.analysis.lanczos import Density
+from lottery_flow.sparsity.active import active_space
 
 
 def test_coordinates_are_the_active_entries_leaf_by_leaf():

@@ -9,8 +9,8 @@ from small_networks import dense_hessian, network
 
 from lottery_flow.analysis import batches as batches_lib
 from lottery_flow.analysis import curvature
-from lottery_flow.analysis.active import active_space
 from lottery_flow.analysis.objective import Objective
+from lottery_flow.sparsity.active import active_space
 
 
 def all_columns(operator):

@@ -16,9 +16,9 @@ from lottery_flow import steps
 from lottery_flow.analysis import batches as batches_lib
 from lottery_flow.analysis import gradient_flow as lib
 from lottery_flow.analysis import results
-from lottery_flow.analysis.active import active_space
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.sparsity import rules, schedules
+from lottery_flow.sparsity.active import active_space
 from lottery_flow.sparsity.transform import SparseState, sparsify
 from lottery_flow.state import TrainState
 

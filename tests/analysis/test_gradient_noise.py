@@ -15,8 +15,8 @@ from small_networks import network
 from lottery_flow.analysis import batches as batches_lib
 from lottery_flow.analysis import gradient_noise as lib
 from lottery_flow.analysis import results
-from lottery_flow.analysis.active import active_space
 from lottery_flow.analysis.objective import Objective
+from lottery_flow.sparsity.active import active_space
 
 STATISTICS = ("trace", "squared_norm", "noise_scale", "cosine_mean", "cosine_std")
 

@@ -9,7 +9,7 @@ from small_networks import dense_hessian, network
 
 from lottery_flow.analysis import batches as batches_lib
 from lottery_flow.analysis import curvature, hutchinson, results
-from lottery_flow.analysis.active import active_space
+from lottery_flow.sparsity.active import active_space
 
 
 def diagonal_operator(values):

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from small_networks import dense_hessian, network
 
 from lottery_flow.analysis import curvature, lanczos, results
-from lottery_flow.analysis.active import active_space
+from lottery_flow.sparsity.active import active_space
 
 
 def operator_of(matrix, kind=np.float64):

@@ -10,7 +10,7 @@ from small_networks import dense_hessian, network
 
 from lottery_flow.analysis import batches as batches_lib
 from lottery_flow.analysis import results, spectrum
-from lottery_flow.analysis.active import active_space
+from lottery_flow.sparsity.active import active_space
 
 
 @pytest.mark.parametrize(

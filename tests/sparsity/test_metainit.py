@@ -9,7 +9,8 @@ import pytest
 from scipy import stats
 
 from lottery_flow.sparsity import masks as masks_lib
-from lottery_flow.sparsity import metainit, second_order
+from lottery_flow.sparsity import metainit
+from lottery_flow.sparsity.active import active_space
 
 KEY = jax.random.key(0)
 
@@ -70,7 +71,7 @@ def gradient_and_hessian(params, batch):
     space = kernels_only(network()[1], params)
 
     def loss(vector):
-        moved = second_order.from_active_vector(space, vector, params)
+        moved = active_space(params, space).unflatten(vector)
         whole = jax.tree.map(
             lambda kernel, new, old: new if kernel else old,
             masks_lib.in_layers(params),
@@ -79,7 +80,7 @@ def gradient_and_hessian(params, batch):
         )
         return loss_fn(whole, batch)
 
-    at = second_order.active_vector(space, params)
+    at = active_space(params, space).flatten(params)
     both = jax.jit(lambda v: (jax.grad(loss)(v), jax.hessian(loss)(v)))(at)
     return map(np.asarray, both)
 

@@ -7,6 +7,7 @@ import pytest
 
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.sparsity import obs, second_order
+from lottery_flow.sparsity.active import active_space
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +40,7 @@ def _mask(rng, shape, n):
 
 
 def vector(masks, tree):
-    return np.asarray(second_order.active_vector(masks, tree))
+    return np.asarray(active_space(tree, masks).flatten(tree))
 
 
 def one_by_one(w, hessian, removable, n_remove):

@@ -7,6 +7,7 @@ import pytest
 
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.sparsity import second_order
+from lottery_flow.sparsity.active import active_space
 
 
 @pytest.fixture(autouse=True)
@@ -64,8 +65,8 @@ def whole_matrix(fn, params, masks):
 def there_and_back(masks, tree):
     @jax.jit
     def fn(tree):
-        vector = second_order.active_vector(masks, tree)
-        return vector, second_order.from_active_vector(masks, vector, tree)
+        vector = active_space(tree, masks).flatten(tree)
+        return vector, active_space(tree, masks).unflatten(vector)
 
     return fn(tree)
 
@@ -102,7 +103,7 @@ def test_hessian_and_its_diagonal_equal_the_explicit_ones():
     diagonal = jax.jit(
         lambda p: second_order.hessian_diagonal(loss, p, masks, block=4)
     )(params)
-    vector = second_order.active_vector(masks, diagonal)
+    vector = active_space(diagonal, masks).flatten(diagonal)
     np.testing.assert_allclose(vector, np.diag(matrix), atol=1e-12)
     assert not np.asarray(diagonal["one"]["kernel"])[~masks["one"]["kernel"]].any()
 
@@ -124,7 +125,7 @@ def test_gauss_newton_diagonal_equals_the_explicit_product():
     found = jax.jit(
         lambda p: second_order.gauss_newton_diagonal(outputs, criterion, p, examples)
     )(params)
-    vector = second_order.active_vector(masks, found)
+    vector = active_space(found, masks).flatten(found)
     np.testing.assert_allclose(vector, expected, atol=1e-12)
     assert (expected > 0).any()
 
@@ -142,7 +143,7 @@ def test_gradients_of_examples_average_to_the_gradient():
         )
 
     grads, mean, first = all_gradients(params)
-    mean, first = (second_order.active_vector(masks, x) for x in (mean, first))
+    mean, first = (active_space(x, masks).flatten(x) for x in (mean, first))
     np.testing.assert_allclose(np.mean(grads, axis=0), mean, atol=1e-12)
     np.testing.assert_allclose(grads[0], first, atol=1e-12)
 
