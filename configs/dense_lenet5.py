@@ -2,7 +2,7 @@
 
     python -m lottery_flow.main --config=configs/dense_lenet5.py
 Settings: those of the paper's released code.
-About 11 minutes of CPU time; 99.2 % test accuracy (one seed).
+A minute and a half of CPU time; 99.1 % test accuracy (five seeds).
 """
 
 from ml_collections import ConfigDict

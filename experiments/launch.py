@@ -107,10 +107,9 @@ def launch(
     Raises:
       UserError: a field makes no sense, or runs failed; all others are finished.
     """
-    trainings = list(trainings)
     todo = missing(trainings, setup, of_rows)
-    sources = {t.source for t in trainings}
-    first = [m for m in todo if m[0] in sources]
+    # Sources are among those that need none; the others fill the cores beside them.
+    first = [m for m in todo if m[0].source is None]
     try:
         for wave in (first, [m for m in todo if m not in first]):
             pool.run(
