@@ -33,8 +33,8 @@ class Population(NamedTuple):
         seeds = ", ".join(str(s) for s in sorted({s for _, s in self.members}))
         what = settings[0].label
         if len(settings) > 1:
-            files = dict.fromkeys(f"{t.method}_{t.network}" for t in settings)
-            what = f"{len(settings)} settings of {', '.join(files)}"
+            kinds = dict.fromkeys(t.kind for t in settings)
+            what = f"{len(settings)} settings of {', '.join(kinds)}"
         return f"{what}, seed {seeds}"
 
 

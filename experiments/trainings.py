@@ -93,14 +93,19 @@ class Training(NamedTuple):
         return Training(self.network, "prune", data=self.data)
 
     @property
+    def kind(self) -> str:
+        """Its data, where they are not MNIST, and its file."""
+        own = "" if self.data == "mnist" else f"{self.data} "
+        return f"{own}{self.method}_{self.network}"
+
+    @property
     def label(self) -> str:
         """For people."""
-        own = "" if self.data == "mnist" else f"{self.data} "
         init = "" if self.init == "masked_dense" else f" {self.init}"
         masks = f" {self.masks}" if self.masks in ("shuffled", "random") else ""
         more = "".join(f" {k.partition('.')[2]}={v}" for k, v in self.fields)
         arg = f" {self.arg}" if self.arg else ""
-        return f"{own}{self.method}_{self.network}{arg}{init}{masks}{more}"
+        return f"{self.kind}{arg}{init}{masks}{more}"
 
     def columns(self, setup: Setup) -> dict[str, str]:
         """What a table says of it."""

@@ -72,10 +72,31 @@ def main(argv: Sequence[str]) -> None:
     if flags.FLAGS.distributed or given != ("", None, None):
         parallel.start(*given)
     config = _rerun(flags.FLAGS.rerun) if flags.FLAGS.rerun else command.load_config()
+    run(config, flags.FLAGS.workdir)
+
+
+def run(config: ConfigDict, workdir: str = "runs") -> list[Path]:
+    """Trains all that a configuration says and that is not finished.
+
+    What the command does, for scripts and notebooks.
+
+    Args:
+      config: of `configs/` or of `lottery_flow.config.default`.
+      workdir: where run directories are made.
+
+    Returns:
+      The directory of each network; of one that is pruned in rounds, that of its last.
+
+    Raises:
+      UserError: a field makes no sense, or a directory holds another run.
+    """
     # Everything is checked for all members before the first is trained.
     found = members.members(config)
+    directories = []
     for level in range(config.tickets.rounds + 1):
-        _train_level(level, [(levels.at(own, level), s) for own, s in found])
+        started = [(levels.at(own, level), seed) for own, seed in found]
+        directories = _train_level(started, workdir)
+    return directories
 
 
 def _rerun(directory: str) -> ConfigDict:
@@ -117,20 +138,19 @@ def _rerun(directory: str) -> ConfigDict:
     return config
 
 
-def _train_level(level: int, found: list[tuple[ConfigDict, int]]) -> None:
+def _train_level(found: list[tuple[ConfigDict, int]], workdir: str) -> list[Path]:
     """Trains all members at once, and tells what became of them."""
-    workdir = flags.FLAGS.workdir
     started = [(own, open_(own, s, workdir)) for own, s in found]
     unfinished = [(own, run) for own, run in started if not run.paths.done.exists()]
     if unfinished:
         train_all(unfinished)
     parallel.barrier("finished")
-    if not parallel.is_first():
-        return
-    for own, run in started:
-        if (own, run) not in unfinished:
-            print(f"{run.paths.root} is finished; nothing to do.")
-        print(run.paths.summary.read_text())
+    if parallel.is_first():
+        for own, run in started:
+            if (own, run) not in unfinished:
+                print(f"{run.paths.root} is finished; nothing to do.")
+            print(run.paths.summary.read_text())
+    return [run.paths.root for _, run in started]
 
 
 def open_(config: ConfigDict, seed: int, workdir: str) -> Run:
