@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import Ratio, again, compare
+from lottery_flow.analysis import figures
 from lottery_flow.models.execution import Convolution
 from lottery_flow.sparsity import execution
 from lottery_flow.sparsity.execution_choice import Layer, random_mask, turned
@@ -108,14 +109,10 @@ def _layer(label, layer: Layer, batch, rounds):
 
 def plot(rows: list[Ratio]):
     """Ratios against sparsity, a panel for each layer."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed; before pyplot is imported
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(
-        len(PANELS) // 3, 3, figsize=(10, 12), sharex=True, sharey=True, squeeze=False
+    figure, axes = figures.new(
+        len(PANELS) // 3, 3, sharex=True, sharey=True, squeeze=False
     )
+    figure.set_size_inches(10, 12)
     series = {
         "forward": (FORWARD, ""),
         "with gradients": (BOTH, ", dense gradient"),
@@ -139,5 +136,4 @@ def plot(rows: list[Ratio]):
     for row in axes:
         row[0].set_ylabel("time / dense time")
     axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
     return figure

@@ -11,6 +11,7 @@ import csv
 from pathlib import Path
 
 from lottery_flow import metrics
+from lottery_flow.analysis import figures
 from lottery_flow.errors import UserError
 from lottery_flow.runs import RunPaths, read_object
 
@@ -66,12 +67,7 @@ def table(rows: list[dict], path: Path) -> None:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Draws gradient norm (log-log) and test accuracy of every run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    fig, axes = figures.new(1, 2)
     runs = list(dict.fromkeys((r["run"], r["seed"]) for r in rows))
     for i, (run, seed) in enumerate(runs):
         own = [r for r in rows if (r["run"], r["seed"]) == (run, seed)]
@@ -87,7 +83,6 @@ def plot(rows: list[dict], path: Path) -> None:
     axes[1].set(xlabel="step", ylabel="test accuracy (%)", ylim=(90, 100))
     axes[1].legend(fontsize=7, loc="lower right")
     fig.savefig(path, dpi=130)
-    plt.close(fig)
 
 
 def main() -> None:

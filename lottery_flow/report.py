@@ -51,17 +51,16 @@ def summary(name: str, model: Model, state: TrainState, rows: list[Row]) -> str:
 
 def figure(path: Path, title: str, rows: list[Row]) -> None:
     """Saves accuracy, gradient norm and the gain of each rewire over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed; before pyplot is imported
-    from matplotlib import pyplot as plt
+    # Not through pyplot, whose backend is the caller's.
+    from matplotlib.figure import Figure
 
     def column(name):
         found = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
         return [x for x, _ in found], [y for _, y in found]
 
     rewired = [r for r in rows if "gradient_norm_after" in r]
-    fig, axes = plt.subplots(3, 1, figsize=(7, 8), sharex=True, layout="constrained")
+    fig = Figure(figsize=(7, 8), layout="constrained")
+    axes = fig.subplots(3, 1, sharex=True)
     axes[0].plot(*column("probe_accuracy"), color="C0", label="training (fixed batch)")
     axes[0].plot(*column("test_accuracy"), "o-", color="C1", ms=3, label="test")
     axes[0].set_ylabel("accuracy")
@@ -80,5 +79,4 @@ def figure(path: Path, title: str, rows: list[Row]) -> None:
     fig.suptitle(title)
     temporary = no_link(path.with_name("." + path.name))
     fig.savefig(temporary, dpi=120)
-    plt.close(fig)
     temporary.replace(path)

@@ -5,8 +5,11 @@ import os
 import subprocess
 import sys
 
+import matplotlib
 import numpy as np
 import run_cli
+
+from lottery_flow import report
 
 PATH = run_cli.ROOT / "notebooks" / "sparse_networks.ipynb"
 SHOWN = """
@@ -33,6 +36,19 @@ def test_the_notebook_is_kept_without_outputs():
     for cell in cells("code"):
         assert cell["outputs"] == []
         assert cell["execution_count"] is None
+
+
+def test_the_figure_of_a_run_leaves_the_backend_alone(tmp_path):
+    # A notebook would show no figure any more.
+    row = {"step": 0, "probe_accuracy": 0.1, "test_accuracy": 0.1, "gradient_norm": 1.0}
+    before = matplotlib.get_backend(auto_select=False)
+    matplotlib.use("svg")
+    try:
+        report.figure(tmp_path / "figure.png", "a run", [row, row | {"step": 1}])
+        assert matplotlib.get_backend() == "svg"
+    finally:
+        matplotlib.use(before or "agg")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_notebook_shows_what_it_says(tmp_path):
