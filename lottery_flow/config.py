@@ -187,7 +187,8 @@ def default() -> ConfigDict:
                 "model_devices": 1,
                 "total_steps": 1000,
                 "batch_size": 128,
-                # Parts in which the gradient of a step is computed, one after another.
+                # Parts in which the gradient of a step is computed, one after another;
+                # those of the probe and of the growth batch in as many or more.
                 "accumulate_steps": 1,
                 # At an update that is not finite: stop, or skip it and count.
                 "on_nonfinite": "stop",

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from lottery_flow import parts
 from lottery_flow.augment import take
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.sparsity import reparameterize
@@ -80,7 +81,8 @@ def make_steps(
         a distributed training have it; running statistics are the means over them. 0:
         all images of a part, on however many devices.
       accumulate_steps: parts in which the gradient of a step is computed, one after
-        another, to save memory. Their mean is the gradient of the batch, but for norms.
+        another, to save memory, and at least as many of a probe or a growth batch.
+        Their mean is the gradient of the batch, but for norms.
       ema_decay: d in ema = d ema + (1 - d) params, after each step; 0: no average.
       parameterization: what is trained instead of the weights, see `reparameterize`;
         the loss that is reported is without its penalty.
@@ -119,7 +121,8 @@ def make_steps(
 
     def gradients(state: TrainState, params, batch):
         key = jax.random.fold_in(state.key, state.step)
-        return gradient(params, state.batch_stats, batch, key)
+        n_parts = parts.fewest(len(batch["label"]), accumulate_steps)
+        return parts.mean(gradient, params, state.batch_stats, batch, key, n_parts)
 
     def loss_of_raw(raw, batch_stats, batch, key, n_together: int = 0, plans=None):
         assert parameterization is not None
@@ -132,35 +135,14 @@ def make_steps(
     else:
         gradient_of_step = gradient
 
-    def of_parts(state: TrainState, batch: Batch, plans):
+    def gradients_of_step(state: TrainState, batch: Batch, plans):
         """As `gradients`, for the batch of a step, of what is trained."""
-        key = jax.random.fold_in(state.key, state.step)
         trained = state.opt_state.rule_state if parameterization else state.params
-        if accumulate_steps == 1:
-            stats = state.batch_stats
-            return gradient_of_step(trained, stats, batch, key, norm_examples, plans)
-
-        def add(carry, part):
-            stats, sums = carry
-            own, i = part
-            (loss, (stats, accuracy)), grads = gradient_of_step(
-                *(trained, stats, own, jax.random.fold_in(key, i)),
-                *(norm_examples, plans),
-            )
-            return (stats, jax.tree.map(jnp.add, sums, (loss, accuracy, grads))), None
-
-        # Each device computes a part of every part: no image leaves where it is.
-        parts = jax.tree.map(
-            lambda v: v.reshape(-1, accumulate_steps, *v.shape[1:]).swapaxes(0, 1),
-            batch,
+        key = jax.random.fold_in(state.key, state.step)
+        return parts.mean(
+            *(gradient_of_step, trained, state.batch_stats, batch, key),
+            *(accumulate_steps, norm_examples, plans),
         )
-        zero = jnp.zeros((), jnp.float32)
-        zeros = zero, zero, jax.tree.map(jnp.zeros_like, trained)
-        (stats, sums), _ = jax.lax.scan(
-            add, (state.batch_stats, zeros), (parts, jnp.arange(accumulate_steps))
-        )
-        loss, accuracy, grads = jax.tree.map(lambda v: v / accumulate_steps, sums)
-        return (loss, (stats, accuracy)), grads
 
     def averaged(before: TrainState, after: TrainState) -> TrainState:
         if not ema_decay:
@@ -185,7 +167,7 @@ def make_steps(
 
     def advance(state: TrainState, method, batch: Batch, plans=None, **options):
         inner, rule = method
-        (loss, (batch_stats, accuracy)), grads = of_parts(state, batch, plans)
+        (loss, (batch_stats, accuracy)), grads = gradients_of_step(state, batch, plans)
         if parameterization is not None:
             raw = state.opt_state.rule_state
             slopes = jax.grad(parameterization.penalty)(raw, state.step)

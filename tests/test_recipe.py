@@ -10,7 +10,7 @@ import pytest
 import run_cli
 from populations import ROUNDING, alone, assert_same, leaves, started
 
-from lottery_flow import augment, checkpoint, models
+from lottery_flow import augment, checkpoint, models, parts
 from lottery_flow.data import arrays
 from lottery_flow.errors import UserError
 from lottery_flow.models.resnet import ResNet
@@ -127,13 +127,37 @@ def test_parts_of_groups(setting):
     assert_close(found, expected)
 
 
-def test_without_norms_parts_give_the_gradient_of_the_batch(tmp_path):
-    fields = {"sparsity__rule": "rigl", "sparsity__grow_examples": 0}
+@pytest.mark.parametrize("grow_examples", [0, 30])
+def test_without_norms_parts_give_the_gradient_of_the_batch(tmp_path, grow_examples):
+    """Of steps, of growth batches and of probes."""
+    fields = {"sparsity__rule": "rigl", "sparsity__grow_examples": grow_examples}
     fields |= {"train__seeds": (0, 1), "train__population": "together"}
     whole = train(started(tmp_path / "whole", **fields))
-    parts = train(started(tmp_path / "parts", train__accumulate_steps=4, **fields))
-    for a, b in zip(parts, whole, strict=True):
+    cut = train(started(tmp_path / "parts", train__accumulate_steps=4, **fields))
+    for a, b in zip(cut, whole, strict=True):
         assert_same(a, b, ROUNDING)
+
+
+def test_a_probe_holds_no_more_images_at_once_than_a_part(setting):
+    state, batch = setting
+    seen = []
+
+    def apply_fn(params, batch_stats, images, train, key):
+        seen.append(len(images))
+        return MODEL.apply(params, batch_stats, images, train, key)
+
+    rest = lambda _: (optax.sgd(1.0), rules.static()), MEAN, STD
+    steps = make_steps(apply_fn, *rest, accumulate_steps=3)
+    jax.eval_shape(steps.probe, state, batch)
+    assert seen == [4]  # of 16, which have no three equal parts
+
+
+@pytest.mark.parametrize(
+    ("n_examples", "at_least", "n"),
+    [(1000, 1, 1), (1000, 32, 40), (128, 4, 4), (7, 2, 7), (3, 8, 3)],
+)
+def test_the_fewest_equal_parts(n_examples, at_least, n):
+    assert parts.fewest(n_examples, at_least) == n
 
 
 @pytest.mark.parametrize(
