@@ -293,7 +293,7 @@ def test_what_is_given_is_called_only_where_it_is_asked_for():
 def test_a_method_from_outside_needs_its_function_the_dict_and_a_config(monkeypatch):
     """That of the README."""
     monkeypatch.setitem(RULES, "careless", None)  # forgotten again at the end
-    exec(blocks()[2], {"__name__": "careless"})
+    exec(blocks()[3], {"__name__": "careless"})
     fields = {"rule": "careless", "rule_options": "share=0.5"}
     job = run_cli.small_job(**{f"sparsity__{k}": v for k, v in fields.items()})
     state = job.create(job.make_network(), job.rewire_key, job.step_key, job.knobs)
