@@ -59,7 +59,7 @@ def named(rows: pd.DataFrame) -> pd.DataFrame:
 def plot(found: Tables) -> dict[str, Figure]:
     """Mean and range over the seeds; the paper's curves as dots."""
     rows = named(found[""])
-    published = set(rows["data"]) == {"mnist"}
+    published, names = set(rows["data"]) == {"mnist"}, set(rows["curve"])
     fig, axes = figures.new(1, 2, sharey=True)
     sparse = ["lottery", "scratch", "scratch+", "rigl+", "small_dense"]
     others = [c for c in dict.fromkeys(rows["curve"]) if c not in sparse]
@@ -67,8 +67,7 @@ def plot(found: Tables) -> dict[str, Figure]:
         for curve in curves:
             own = rows[(rows["curve"] == curve) & (rows["step"] > 0)]
             color = COLORS[curve.removesuffix("+")]
-            # Dynamic and fixed masks exist with both initialisations, so those differ.
-            dashed = f"{curve}+" in set(rows["curve"])
+            dashed = f"{curve}+" in names  # the masked dense one of two initialisations
             band(ax, own, "step", "gradient_norm", color, curve, dashed=dashed)
             if ax is axes[0] and published:
                 dots = paper.GRADIENT_NORM[curve]

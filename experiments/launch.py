@@ -110,8 +110,9 @@ def launch(
     todo = missing(trainings, setup, of_rows)
     # Sources are among those that need none; the others fill the cores beside them.
     first = [m for m in todo if m[0].source is None]
+    second = [m for m in todo if m[0].source is not None]
     try:
-        for wave in (first, [m for m in todo if m not in first]):
+        for wave in (first, second):
             pool.run(
                 functools.partial(_train, setup=setup),
                 spread(populations(wave, setup), pool.n_jobs(setup.jobs)),

@@ -35,7 +35,8 @@ def ends(
 def at_chance(accuracy: Any) -> Any:
     """Whether networks never learned, by their accuracies: numbers, arrays or series.
 
-    MNIST's most frequent class makes up 11.35 % of its test images.
+    Guessing one class is right for 11.35 % of MNIST's test images, the most frequent,
+    and for 10 % of Fashion-MNIST's.
     """
     return accuracy < 0.2
 
