@@ -85,7 +85,7 @@ def problems(samples: list[Sample], state_bytes: int) -> list[str]:
                 f"{state_bytes / 1e6:.2f} MB"
             )
     for name in ("files", "threads"):
-        # Readers and writers come and go, and pools fill up when a machine is busy; a
+        # Readers come and go, and pools fill up when a machine is busy; a
         # leak leaves one more at each checkpoint, and half of that is too much.
         counts = [getattr(s, name) for s in own]
         if slope(counts) > 0.5:
@@ -129,6 +129,8 @@ def watch(samples: list[Sample], leaks: list[str], leaks_from: int) -> Callable:
 
     def watched(manager, state):
         save(manager, state)
+        # The background's writer opens a dozen files and more, now or a little later.
+        manager.wait_until_finished()
         for what in leaks if state.step >= leaks_from else ():
             leak(what, kept, state)
         statm = Path("/proc/self/statm").read_text().split()
