@@ -16,7 +16,7 @@ import jax
 import pandas as pd
 
 from experiments.trainings import Setup, Training, with_sources
-from lottery_flow import _version, runs
+from lottery_flow import _version, files, runs
 from lottery_flow import config as config_lib
 from lottery_flow.analysis import results
 from lottery_flow.build import flat_fields
@@ -43,7 +43,7 @@ def write(out: Path, name: str, module: ModuleType, setup: Setup) -> Tables:
         folder.mkdir(parents=True, exist_ok=True)
         # The digits that single precision has; an empty text is a value of its own.
         text = table.to_csv(index=False, float_format="%.7g", na_rep="nan")
-        runs.write_atomically(paths[key], text)
+        files.write(paths[key], text)
     tables = read(out, name)
     for key, figure in module.plot(tables).items():
         results.save((folder / _file(name, key)).with_suffix(".png"), figure)
@@ -60,7 +60,7 @@ def write(out: Path, name: str, module: ModuleType, setup: Setup) -> Tables:
         },
         "backend": jax.default_backend(),
     }
-    runs.write_atomically(folder / "config.json", json.dumps(record, indent=1) + "\n")
+    files.write(folder / "config.json", json.dumps(record, indent=1) + "\n")
     return tables
 
 

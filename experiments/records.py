@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from experiments.trainings import Setup, Training
-from lottery_flow import metrics
+from lottery_flow import files, metrics
 from lottery_flow.errors import UserError
 from lottery_flow.metrics import Row
-from lottery_flow.runs import RunPaths, write_atomically
+from lottery_flow.runs import RunPaths
 
 
 def rows(training: Training, seed: int, setup: Setup) -> list[Row]:
@@ -48,7 +48,7 @@ def keep(trainings: Iterable[Training], setup: Setup) -> None:
         text = "".join(json.dumps(row) + "\n" for _, own in found for row in own)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Without the time, so that the same rows are the same file.
-        write_atomically(path, gzip.compress(text.encode(), mtime=0))
+        files.write(path, gzip.compress(text.encode(), mtime=0))
 
 
 def _read(path: Path | None) -> dict[int, list[Row]]:

@@ -16,7 +16,7 @@ import pandas as pd
 
 from experiments import costs, paper, publish, tables
 from experiments.run import EXPERIMENTS, beside, load
-from lottery_flow.runs import write_atomically
+from lottery_flow import files
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 72em;
@@ -115,7 +115,7 @@ def refresh(page_: Path, out: Path) -> None:
         pattern = re.escape(begin) + ".*?" + re.escape(end)
         new = f"{begin}\n\n{table}\n\n{end}"
         text = re.sub(pattern, lambda _, new=new: new, text, flags=re.DOTALL)
-    write_atomically(page_, text)
+    files.write(page_, text)
 
 
 def main() -> None:
@@ -127,7 +127,7 @@ def main() -> None:
         raise SystemExit(
             f"error: {out} holds no results; run python -m experiments.run first"
         )
-    write_atomically(out / "report.html", page(out))
+    files.write(out / "report.html", page(out))
     if (out / "README.md").exists():
         refresh(out / "README.md", out)
     print(out / "report.html")

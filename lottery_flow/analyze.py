@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from absl import flags
 
-from lottery_flow import _version, command, runs
+from lottery_flow import _version, command, files, runs
 from lottery_flow.analysis import results
 from lottery_flow.errors import UserError
 from lottery_flow.studies import STUDIES, Findings, Options
@@ -281,7 +281,7 @@ def _write(stem: Path, found: Findings, record: dict[str, Any]) -> None:
         "backend": jax.default_backend(),
     }
     text = json.dumps(record | about, indent=2) + "\n"
-    runs.write_atomically(stem.with_suffix(".json"), text)
+    files.write(stem.with_suffix(".json"), text)
 
 
 def _path(stem: Path, name: str) -> Path:

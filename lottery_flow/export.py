@@ -33,9 +33,9 @@ from jax.experimental.sparse import BCSR
 from jaxtyping import Array, Bool, Float
 from safetensors.numpy import save as serialize
 
-from lottery_flow import build, checkpoint, command, counting, recorded
+from lottery_flow import build, checkpoint, command, counting, files, recorded
 from lottery_flow.errors import UserError
-from lottery_flow.runs import RunPaths, write_atomically
+from lottery_flow.runs import RunPaths
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.sparsity.masks import Masks, Params
 
@@ -107,7 +107,7 @@ def save(
     content = serialize(
         {k: np.ascontiguousarray(v) for k, v in tensors.items()}, metadata=texts
     )
-    write_atomically(Path(path), content)
+    files.write(Path(path), content)
     return len(content)
 
 

@@ -1,10 +1,53 @@
-"""Files in directories that others may have written to."""
+"""Files that are written whole or not at all, and never through a link."""
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
-def no_link(path: Path) -> Path:
-    """The path, to be written: a link there is deleted, not followed."""
-    if path.is_symlink():
-        path.unlink()
-    return path
+@contextlib.contextmanager
+def replacing(path: Path, writer: str = "") -> Iterator[Path]:
+    """A path beside the file, which takes its place when all is written.
+
+    Whatever happens, a loss of power too, there is the old file or the new one. What
+    was written goes when anything fails. A link in the file's place is replaced; what
+    it points to is left alone.
+
+    Args:
+      path: the file.
+      writer: tells apart those that write it at the same time; a single one is none.
+
+    Raises:
+      OSError: as of the disk.
+    """
+    temporary = path.with_name(f".{writer}{path.name}")
+    if temporary.is_symlink():
+        temporary.unlink()
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # not all file systems do that for a directory
+        _sync(path.parent)
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Writes the file by `replacing` it."""
+    with replacing(path) as temporary:
+        if isinstance(content, bytes):
+            temporary.write_bytes(content)
+        else:
+            temporary.write_text(content)
+
+
+def _sync(path: Path) -> None:
+    """Forces what was written there to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

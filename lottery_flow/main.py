@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from lottery_flow import (
     command,
     environment,
+    files,
     levels,
     members,
     parallel,
@@ -180,10 +181,10 @@ def train_all(started: list[tuple[ConfigDict, Run]]) -> None:
         text = report.summary(config.name, job.model, result.state, rows)
         if not parallel.is_first():
             return
-        runs.write_atomically(paths.summary, text)
+        files.write(paths.summary, text)
         if config.train.figure:
             report.figure(paths.figure, f"{config.name}, seed {job.seed}", rows)
-        runs.write_atomically(paths.done, json.dumps(rows[-1], indent=2) + "\n")
+        files.write(paths.done, json.dumps(rows[-1], indent=2) + "\n")
 
     train([run for _, run in started], tensorboard=tensorboard, on_done=finish)
 

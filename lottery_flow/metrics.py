@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lottery_flow import files
 from lottery_flow.errors import UserError
-from lottery_flow.runs import write_atomically
 
 _LOG = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Writer:
             _LOG.info(
                 "forgot %d rows after step %d", len(found) - len(self.rows), last_step
             )
-        write_atomically(path, "".join(map(_line, self.rows)))
+        files.write(path, "".join(map(_line, self.rows)))
         self._file = open(path, "a")
         if tensorboard is not None:
             self._board = _board(tensorboard, last_step)

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lottery_flow import options
+from lottery_flow import files, options
 from lottery_flow.errors import UserError
 from lottery_flow.job import Job
-from lottery_flow.runs import read_object, write_atomically
+from lottery_flow.runs import read_object
 from lottery_flow.sparsity import execution_choice, rules
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.sparsity.compact import positions_in
@@ -134,7 +134,7 @@ def _kept(record: Path, layers: Collection[str]) -> dict[str, str]:
 def keep(paths: Mapping[str, str], record: Path) -> None:
     """Writes what was chosen, for when the run goes on."""
     if paths and not record.exists():
-        write_atomically(record, json.dumps(paths, indent=1) + "\n")
+        files.write(record, json.dumps(paths, indent=1) + "\n")
 
 
 def of_masks(

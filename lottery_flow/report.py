@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lottery_flow import counting
-from lottery_flow.files import no_link
+from lottery_flow.files import replacing
 from lottery_flow.metrics import Row
 from lottery_flow.models import Model
 from lottery_flow.sparsity import masks as masks_lib
@@ -77,6 +77,5 @@ def figure(path: Path, title: str, rows: list[Row]) -> None:
     axes[2].set_ylabel("gain of gradient norm\nat each rewire")
     axes[2].set_xlabel("step")
     fig.suptitle(title)
-    temporary = no_link(path.with_name("." + path.name))
-    fig.savefig(temporary, dpi=120)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        fig.savefig(temporary, dpi=120)

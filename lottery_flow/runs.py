@@ -10,13 +10,12 @@ and what is only shown (`UNHASHED`) stay out of it.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lottery_flow import files
 from lottery_flow.errors import UserError
-from lottery_flow.files import no_link
 
 UNHASHED = (
     "name",
@@ -136,7 +135,7 @@ def claim(paths: RunPaths, record: Fields) -> None:
         return
     try:
         paths.root.mkdir(parents=True, exist_ok=True)
-        write_atomically(paths.config, json.dumps(record, indent=2) + "\n")
+        files.write(paths.config, json.dumps(record, indent=2) + "\n")
     except OSError as error:
         raise UserError(
             f"--workdir: cannot write to {paths.root} ({error.strerror}); give a "
@@ -158,16 +157,3 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"it is a {type(found).__name__}, not an object")
     return found
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes the file whole or not at all, and forces it to the disk.
-
-    A link in its place is replaced; what it points to is left alone.
-    """
-    temporary = no_link(path.with_name(path.name + ".tmp"))
-    with open(temporary, "wb" if isinstance(content, bytes) else "w") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)

@@ -1,7 +1,6 @@
 """Which directory a run lives in: what changes its name, and what does not."""
 
 import json
-import os
 
 import pytest
 import run_cli
@@ -134,33 +133,3 @@ def test_a_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="--workdir"):
         runs.claim(runs.RunPaths(tmp_path / "file" / "seed_0"), RECORD)
-
-
-def test_writing_replaces_the_file_whole(tmp_path):
-    path = tmp_path / "DONE"
-    runs.write_atomically(path, "one")
-    runs.write_atomically(path, "two")
-    assert path.read_text() == "two"
-    assert [p.name for p in tmp_path.iterdir()] == ["DONE"]
-
-
-@pytest.mark.parametrize("failing", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, failing):
-    path = tmp_path / "DONE"
-    runs.write_atomically(path, "one")
-
-    def fail(*args):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, failing, fail)
-    with pytest.raises(OSError, match="disk full"):
-        runs.write_atomically(path, "two")
-    assert path.read_text() == "one"
-
-
-def test_what_an_earlier_crash_left_is_no_obstacle(tmp_path):
-    path = tmp_path / "DONE"
-    (tmp_path / "DONE.tmp").write_text("half of someth")
-    runs.write_atomically(path, "one")
-    assert path.read_text() == "one"
-    assert [p.name for p in tmp_path.iterdir()] == ["DONE"]

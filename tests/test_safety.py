@@ -15,7 +15,7 @@ import pytest
 import run_cli
 
 from experiments import compare, records
-from lottery_flow import analyze, check, export, main, metrics, recorded, runs
+from lottery_flow import analyze, check, export, files, main, metrics, recorded, runs
 from lottery_flow.analysis import lanczos, results, signal
 from lottery_flow.config import default
 from lottery_flow.data import digits, tfds_arrays
@@ -263,10 +263,10 @@ def test_what_a_link_points_to_is_not_overwritten(tmp_path):
     precious.write_text("mine")
     folder = tmp_path / "run"
     folder.mkdir()
-    names = ("DONE", "DONE.tmp", "x.csv", ".x.csv")
+    names = ("DONE", ".DONE", "x.csv", ".x.csv")
     for name in names:
         (folder / name).symlink_to(precious)
-    runs.write_atomically(folder / "DONE", "done")
+    files.write(folder / "DONE", "done")
     results.save(folder / "x.csv", pd.DataFrame({"a": [1]}))
     assert precious.read_text() == "mine"
     assert (folder / "DONE").read_text() == "done"
@@ -278,7 +278,7 @@ def test_a_run_in_a_directory_of_links(run, tmp_path):
     precious.write_text("mine")
     for name in ("metrics.jsonl", "summary.txt", "figure.png", "DONE"):
         (run / name).unlink()
-        for link in (name, f"{name}.tmp", f".{name}"):
+        for link in (name, f".{name}"):
             (run / link).symlink_to(precious if name != "DONE" else tmp_path / "gone")
     (run / "metrics.jsonl").unlink()
     shutil.rmtree(run / "checkpoints")

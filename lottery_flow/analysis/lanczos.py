@@ -13,7 +13,6 @@ The vectors live on the device, the small tridiagonal matrices in float64 on the
 k vectors of each of s probes take s k n floats.
 """
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from matplotlib.figure import Figure
 
 from lottery_flow.analysis import figures, results
 from lottery_flow.analysis.curvature import Operator, Progress, precise
-from lottery_flow.files import no_link
+from lottery_flow.files import replacing
 
 
 class Tridiagonal(NamedTuple):
@@ -379,11 +378,9 @@ def _append(basis, vectors, i):
 
 def _save(path: Path, state: Tridiagonal, tag: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = no_link(path.with_name("." + path.name))
     basis = np.asarray(state.basis[:, : state.n_steps + 1])
-    with open(temporary, "wb") as f:
+    with replacing(path) as temporary, open(temporary, "wb") as f:
         np.savez(f, basis=basis, diagonal=state.diagonal, beside=state.beside, tag=tag)
-    os.replace(temporary, path)
 
 
 def _kept(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:

@@ -5,7 +5,6 @@ frame into a `.csv` file. Every result NamedTuple has a method `frame()`, the sa
 tidy table: one observation a row.
 """
 
-import os
 from pathlib import Path
 from typing import Any, TypeVar
 from zipfile import BadZipFile
@@ -14,7 +13,7 @@ import matplotlib.figure
 import numpy as np
 import pandas as pd
 
-from lottery_flow.files import no_link
+from lottery_flow.files import replacing
 
 Result = TypeVar("Result")
 # What numpy raises at files that are damaged, or hold objects and not numbers alone.
@@ -31,18 +30,18 @@ def save(path: str | Path, result: Any) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = no_link(path.with_name("." + path.name))
-    if isinstance(result, matplotlib.figure.Figure):
-        result.savefig(temporary, dpi=150)
-    elif path.suffix == ".csv":
-        frame = result if isinstance(result, pd.DataFrame) else result.frame()
-        frame.to_csv(temporary, index=False)
-    elif path.suffix == ".npz":
-        fields: Any = {k: np.asarray(v) for k, v in result._asdict().items()}
-        np.savez(temporary, **fields)
-    else:
-        raise ValueError(f"{path} ends in {path.suffix!r}; write .npz, .csv or .png")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        if isinstance(result, matplotlib.figure.Figure):
+            result.savefig(temporary, dpi=150)
+        elif path.suffix == ".csv":
+            frame = result if isinstance(result, pd.DataFrame) else result.frame()
+            frame.to_csv(temporary, index=False)
+        elif path.suffix == ".npz":
+            fields: Any = {k: np.asarray(v) for k, v in result._asdict().items()}
+            np.savez(temporary, **fields)
+        else:
+            ends = f"{path} ends in {path.suffix!r}"
+            raise ValueError(f"{ends}; write .npz, .csv or .png")
     return path
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from lottery_flow.data import faults
 from lottery_flow.data.arrays import Arrays, Spec
 from lottery_flow.errors import UserError
+from lottery_flow.files import replacing
 
 _LOG = logging.getLogger(__name__)
 
@@ -263,16 +264,11 @@ def _read_cache(path: Path, info: bytes, spec: Spec) -> Arrays | None:
 
 def _write_cache(path: Path, info: bytes, arrays: Arrays) -> None:
     """Keeps the arrays, if possible; other runs see the whole file or none."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     content = arrays._asdict() | {"info": np.frombuffer(info, np.uint8)}
     try:
         path.parent.mkdir(exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, **content)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path, uuid.uuid4().hex) as temporary:
+            np.savez(temporary, **content)
     except OSError as error:
         _LOG.info("Going without the cache %s (%s).", path, error)
 

@@ -1,5 +1,7 @@
 """The space of active parameters, batches, objectives, and files of results."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,7 +132,7 @@ def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(results.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         results.save(path, density._replace(n=4))
     assert path.read_bytes() == before

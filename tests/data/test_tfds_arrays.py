@@ -202,8 +202,8 @@ def test_goes_without_a_cache_where_none_can_be_written(tmp_path, write_tfds, ca
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path, write_tfds, monkeypatch):
-    def full(file, **_):
-        file.write(b"half")
+    def full(path, **_):
+        path.write_bytes(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(np, "savez", full)
