@@ -11,7 +11,9 @@ from lottery_flow.state import TrainState
 
 
 def summary(name: str, model: Model, state: TrainState, rows: list[Row]) -> str:
-    """Accuracy, sparsity of each layer, FLOPs kept, gradient norm first and last.
+    """Accuracy, gradient norm first and last, and of each layer sparsity and FLOPs.
+
+    The last column counts outputs that no active weight of the layer leads to.
 
     Args:
       name: of the run.
@@ -26,6 +28,7 @@ def summary(name: str, model: Model, state: TrainState, rows: list[Row]) -> str:
     sparse, dense = (
         counting.inference_flops(shapes, model.positions, n) for n in (n_active, n_all)
     )
+    empty = {k: int(v.sum()) for k, v in masks_lib.empty_outputs(state.masks).items()}
     first, last = rows[0], rows[-1]
     lines = [
         f"{name}, seed {last['seed']}, {last['step']} steps",
@@ -38,12 +41,14 @@ def summary(name: str, model: Model, state: TrainState, rows: list[Row]) -> str:
         f"  FLOPs kept      {100 * sum(sparse.values()) / sum(dense.values()):.2f} % "
         f"of {sum(dense.values()):,.0f} for one image",
         "",
-        f"  {'layer':<12}{'weights':>10}{'active':>10}{'sparsity':>10}{'FLOPs':>10}",
+        f"  {'layer':<12}{'weights':>10}{'active':>10}{'sparsity':>10}{'FLOPs':>10}"
+        f"{'outputs without weights':>27}",
     ]
     lines += [
         f"  {k:<12}{n_all[k]:>10,}{n_active[k]:>10,}"
         f"{100 * (1 - n_active[k] / n_all[k]):>8.2f} %"
         f"{100 * sparse[k] / dense[k]:>8.2f} %"
+        f"{f'{empty.get(k, 0):,} of {shapes[k][-1]:,}':>27}"
         for k in layers
     ]
     return "\n".join(lines) + "\n"

@@ -227,7 +227,9 @@ def start(
     job, directory = run.job, run.paths.checkpoints
     own = job.rewire_key, job.step_key, job.knobs
     if not checkpoint.steps_in(directory):
-        state = create_fn(job.make_network(dataset), *own)
+        network = job.make_network(dataset)
+        _tell_lost_classes(run, network)
+        state = create_fn(network, *own)
         return parallel.put(state, parallel.state_shardings(mesh, state))
     # Its masks say which leaves are sparse, so that a run goes on even if the run
     # that its masks came from is gone.
@@ -236,6 +238,25 @@ def start(
     with checkpoint.manager(directory, read_only=True) as manager:
         like = jax.eval_shape(create_fn, network, *own)
         return checkpoint.restore(manager, step, parallel.state_like(mesh, like))
+
+
+def _tell_lost_classes(run: Run, network: checkpoint.Network) -> None:
+    """Of masks that no training makes good, unless it grows weights."""
+    last = list(run.job.model.positions)[-1]
+    empty = masks_lib.empty_outputs(network.masks).get(last, np.zeros(0, bool))
+    if empty.any():
+        _LOG.warning(
+            "%s: the masks leave %d of the %d classes without any weight in %s (%s): "
+            "nothing tells such a class from the others until a rewire grows one. "
+            "Lower the sparsity, or keep the layer dense: sparsity.dense_layers=%s",
+            *(run.paths.root, empty.sum(), empty.size, last, _first(empty), last),
+        )
+
+
+def _first(flags: np.ndarray, n: int = 10) -> str:
+    """The numbers of those that are set, the first n of them."""
+    which = [str(i) for i in np.flatnonzero(flags)]
+    return ", ".join(which[:n] + ["..."] * (len(which) > n))
 
 
 def table(schedule: Callable, job: Job) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import run_cli
 
-from lottery_flow import checkpoint, metrics, models, runs
+from lottery_flow import checkpoint, metrics, models, report, runs
 from lottery_flow.loop import Result, Run
 from lottery_flow.sparsity import masks as masks_lib
 from lottery_flow.train import train
@@ -120,6 +120,42 @@ def test_the_norm_before_a_rewire_is_that_without_it(never, tmp_path, timing):
     expected = never[step]["gradient_norm"]
     assert rewired["gradient_norm_before"] == pytest.approx(expected, rel=1e-5)
     assert rewired["gradient_norm_after"] != pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_told"),
+    [
+        ({"sparsity__sparsity": 0.95}, True),
+        ({"sparsity__sparsity": 0.95, "sparsity__dense_layers": "fc2"}, False),
+        ({"sparsity__sparsity": 0.1}, False),
+    ],
+)
+def test_classes_without_weights_are_told(tmp_path, caplog, fields, is_told):
+    own = {"sparsity__rule": "static", "train__total_steps": 2, **fields}
+    mask = masks_lib.named_leaves(run(tmp_path, **own).state.masks)["fc2"]
+    lost = [] if mask is None else [i for i in range(10) if not mask[:, i].any()]
+    assert bool(lost) == is_told
+    told = [r.getMessage() for r in caplog.records if "classes" in r.getMessage()]
+    assert bool(told) == is_told
+    if told:
+        assert f"{len(lost)} of the 10 classes without any weight in fc2" in told[0]
+        assert f"({', '.join(map(str, lost))})" in told[0]
+        assert "sparsity.dense_layers=fc2" in told[0]
+
+
+def test_the_summary_counts_outputs_without_weights(tmp_path):
+    fields = {"sparsity__sparsity": 0.95, "sparsity__rule": "static"}
+    result = run(tmp_path, train__total_steps=2, **fields)
+    model = run_cli.small_job(**fields).model
+    table = report.summary("name", model, result.state, result.rows).splitlines()
+    some = 0
+    for name in ("fc1", "fc2"):
+        mask = np.asarray(masks_lib.named_leaves(result.state.masks)[name])
+        n = sum(not mask[:, i].any() for i in range(mask.shape[1]))
+        some += n
+        (line,) = (line for line in table if line.split()[:1] == [name])
+        assert line.endswith(f" {n} of {mask.shape[1]}")
+    assert some > 0
 
 
 def test_the_file_holds_the_rows(rigl):

@@ -161,6 +161,25 @@ def counts(masks: Masks, params: PyTree) -> dict[str, int]:
     return {k: int(n_active.get(k, leaf.size)) for k, leaf in layers(params).items()}
 
 
+def empty_outputs(masks: Masks) -> dict[str, np.ndarray]:
+    """Outputs that no active weight of their layer leads to, on the host.
+
+    A unit or filter of this kind is a constant. One of the last layer is a class that
+    nothing but its bias speaks for.
+
+    Returns:
+      For each masked layer, a bool array [c_out].
+    """
+    found = jax.device_get(_empty_outputs(masks))
+    return {k: found[k] for k, m in named_leaves(masks).items() if m is not None}
+
+
+@jax.jit
+def _empty_outputs(masks):
+    named = {k: m for k, m in named_leaves(masks).items() if m is not None}
+    return {k: ~jnp.any(m.reshape(-1, m.shape[-1]), axis=0) for k, m in named.items()}
+
+
 def density(masks: Masks, params: PyTree) -> dict[str, float]:
     """Fraction of active weights of each prunable layer, dense ones included."""
     sizes = {k: leaf.size for k, leaf in layers(params).items()}

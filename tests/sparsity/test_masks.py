@@ -221,6 +221,26 @@ def test_count_and_density():
     assert masks_lib.total_density(masks, tree) == 7 / 11
 
 
+def test_empty_outputs():
+    found = masks_lib.empty_outputs(two_masks())
+    assert {k: v.tolist() for k, v in found.items()} == {
+        "a": [False, False],
+        "b": [False, True, True],
+    }
+
+
+def test_empty_outputs_are_those_of_a_loop():
+    n_active = {"block/conv1": 6, "dense": 4}
+    masks = masks_lib.random(jax.random.key(3), params(), n_active)
+    found = masks_lib.empty_outputs(masks)
+    kernel = np.asarray(masks["block"]["conv1"]["kernel"])
+    filters = [not any(m[i] for m in kernel.reshape(12, 4)) for i in range(4)]
+    assert found["block/conv1"].tolist() == filters
+    units = [not m.any() for m in np.asarray(masks["dense"]["kernel"]).T]
+    assert found["dense"].tolist() == units
+    assert 0 < sum(units) < 5
+
+
 def test_overlap():
     a = {
         "w": jnp.array([[True, True, False, False]]),
