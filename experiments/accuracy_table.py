@@ -5,6 +5,7 @@ masks of the pruning run of the same seed; scratch from permuted and from random
 too, which tells the worth of the layer sizes and of the positions apart.
 """
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -65,13 +66,14 @@ def plot(found: Tables) -> dict[str, Figure]:
         own = rows[rows["network"] == network]
         names = _names(own)
         order = list(dict.fromkeys(names))
-        for ax, low in zip(line, (0.0, 90.0), strict=True):
+        best = np.floor(100 * own["test_accuracy"].max())
+        for ax, limits in zip(line, ((0, 100.3), (best - 9, best + 1.3)), strict=True):
             for i, init in enumerate(INITS):
                 part = own[own["init"] == init]
                 place = [order.index(n) + 0.25 * (i - 1) for n in names[part.index]]
                 ax.plot(place, 100 * part["test_accuracy"], f"C{i}.", label=init)
             ax.set_xticks(range(len(order)), order, rotation=40, ha="right", fontsize=8)
-            ax.set(ylabel="test accuracy (%)", title=network, ylim=(low, 100.3))
+            ax.set(ylabel="test accuracy (%)", title=network, ylim=limits)
             ax.grid(axis="y", alpha=0.3)
         line[0].legend(fontsize=8)
     return {"": fig}

@@ -74,9 +74,10 @@ def plot(found: Tables) -> dict[str, Figure]:
                 shape = {"mfc": "none"} if dashed else {}
                 ax.plot(list(dots), list(dots.values()), f"{color}o", ms=3.5, **shape)
         ax.set(xscale="log", yscale="log", xlabel="step", ylabel="gradient norm")
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, loc="upper right")
     if published:
         axes[0].set_title("lines: ours, dots: the paper", fontsize=10)
+    axes[0].set_ylim(top=2.5 * axes[0].get_ylim()[1])  # room for the legends
     axes[1].set_title("the other methods, and RigL+ again", fontsize=10)
     return {"": fig}
 

@@ -75,7 +75,7 @@ def described(module: ModuleType, setup: Setup) -> dict[str, Any]:
 
 def _described(training: Training, setup: Setup) -> dict[str, Any]:
     default = flat_fields(config_lib.default())
-    fields = flat_fields(training.config(setup))
+    fields = flat_fields(training.config(setup.anywhere))
     own = {
         k: v
         for k, v in fields.items()

@@ -70,4 +70,4 @@ def _read(path: Path | None) -> dict[int, list[Row]]:
 def _path(training: Training, setup: Setup) -> Path | None:
     if not setup.records:
         return None
-    return Path(setup.records) / f"{training.directory(setup).name}.jsonl.gz"
+    return Path(setup.records) / f"{training.directory(setup.anywhere).name}.jsonl.gz"

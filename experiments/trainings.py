@@ -51,6 +51,11 @@ class Setup(NamedTuple):
         return (0, 1) if self.smoke else (0, 1, 2, 3, 4)
 
     @property
+    def anywhere(self) -> "Setup":
+        """The same wherever runs lie, as what is kept and published has to be."""
+        return self._replace(workdir=Setup().workdir)
+
+    @property
     def programs(self) -> Path:
         """Compiled programs, for all processes."""
         return Path(self.workdir) / "programs"
@@ -143,8 +148,8 @@ class Training(NamedTuple):
         return _directory(self, setup)
 
     def digest(self, setup: Setup) -> str:
-        """The hash in the name of its directory."""
-        return self.directory(setup).name.rpartition("-")[2]
+        """The hash in the name of its directory, in the usual workdir."""
+        return self.directory(setup.anywhere).name.rpartition("-")[2]
 
     def run(self, setup: Setup, seed: int) -> Path:
         """The directory of one run."""

@@ -185,6 +185,21 @@ def test_kept_rows_stand_for_runs_that_are_gone(tmp_path):
     assert len(launch.missing([training], setup)) == 5  # their weights are gone
 
 
+def test_kept_rows_are_found_from_another_workdir(tmp_path):
+    """Also those of runs whose masks come from others, of which it is a field."""
+    setup = Setup(str(tmp_path / "a"), records=str(tmp_path / "results/runs"))
+    other = setup._replace(workdir=str(tmp_path / "b"))
+    training = Training("mlp", "scratch", masks="pruned")
+    assert training.directory(setup).name != training.directory(other).name
+    write(training, setup, _row)
+    for seed in setup.seeds:
+        RunPaths(training.run(setup, seed)).done.write_text("")
+    records.keep([training], setup)
+    there = tables.curves([training], setup, ["x"])
+    pd.testing.assert_frame_equal(tables.curves([training], other, ["x"]), there)
+    assert launch.missing([training], other, [training]) == []
+
+
 def test_kept_rows_are_kept_beside_later_ones(tmp_path):
     setup = Setup(str(tmp_path / "runs"), records=str(tmp_path / "results/runs"))
     training = Training("mlp", "dense")
