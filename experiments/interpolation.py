@@ -5,6 +5,8 @@ initialisation) to the pruning solution whose masks they have; the same after un
 permuted by weight matching; and a Bézier curve trained in the sparse space.
 """
 
+from collections.abc import Collection, Iterable
+
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -18,6 +20,13 @@ from lottery_flow.analysis import interpolation as paths
 
 ABOUT = "loss from starts and ends to the pruning solution"
 BY = ["curve", "kind"]
+# Kind of a path -> the step that it begins at, and the study that finds it.
+KINDS = {
+    "start": (0, "interpolation"),
+    "end": (-1, "interpolation"),
+    "end, aligned": (-1, "alignment"),
+    "end, curve": (-1, "curve"),
+}
 
 
 def settings(setup: Setup) -> dict:
@@ -28,19 +37,27 @@ def settings(setup: Setup) -> dict:
     }
 
 
-def runs(setup: Setup) -> list[Training]:
+def runs(setup: Setup, network: str = "lenet5", data: str = "mnist") -> list[Training]:
     """Those that share the masks of the pruning run of their seed."""
     return [
-        Training("lenet5", "lottery", masks="pruned"),
-        Training("lenet5", "scratch", masks="pruned"),
-        Training("lenet5", "scratch", "per_neuron", "pruned"),
+        Training(network, "lottery", masks="pruned", data=data),
+        Training(network, "scratch", masks="pruned", data=data),
+        Training(network, "scratch", "per_neuron", "pruned", data),
     ]
 
 
 def collect(setup: Setup) -> Tables:
     """A row for each point of a path; `barriers` has one for each path."""
+    rows = points(runs(setup), setup, KINDS)
+    return {"": rows, "barriers": barriers(rows, BY)}
+
+
+def points(
+    trainings: Iterable[Training], setup: Setup, kinds: Collection[str]
+) -> pd.DataFrame:
+    """A row for each point of the paths of these kinds, for all seeds."""
     own, asked = settings(setup), []
-    for training in runs(setup):
+    for training in trainings:
         name = training.method + ("+" if training.init == "per_neuron" else "")
         for seed in training.seeds(setup):
             assert training.source is not None
@@ -48,12 +65,9 @@ def collect(setup: Setup) -> Tables:
             target = ((training.source.run(setup, seed), -1),)
             examples = (("examples", own["examples"]),)
             trained = (*examples, ("train_steps", own["train_steps"]))
-            for kind, step, what, options in (
-                ("start", 0, "interpolation", examples),
-                ("end", -1, "interpolation", examples),
-                ("end, aligned", -1, "alignment", examples),
-                ("end, curve", -1, "curve", trained),
-            ):
+            for kind in kinds:
+                step, what = KINDS[kind]
+                options = trained if what == "curve" else examples
                 about = training.columns(setup) | {"seed": seed}
                 about |= {"curve": name, "kind": kind}
                 asked.append((about, Question(what, run, step, target, options)))
@@ -65,16 +79,16 @@ def collect(setup: Setup) -> Tables:
             frame = frame[frame["path"].isin(["aligned", "curve"])].drop(columns="path")
         frames.append(frame.assign(**about))
     rows = pd.concat(frames, ignore_index=True)
-    rows = rows[[*asked[0][0], "alpha", "loss", "accuracy"]]
-    return {"": rows, "barriers": _barriers(rows)}
+    return rows[[*asked[0][0], "alpha", "loss", "accuracy"]]
 
 
-def _barriers(rows: pd.DataFrame) -> pd.DataFrame:
+def barriers(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Barrier and instability of each path, which `by` and the seed tell apart."""
     lines = []
-    for keys, part in rows.groupby([*BY, "seed"], sort=False):
+    for keys, part in rows.groupby([*by, "seed"], sort=False):
         path = paths.Path(*(part[c].to_numpy() for c in ("alpha", "loss", "accuracy")))
         lines.append((*keys, paths.barrier(path), paths.instability(path)))
-    return pd.DataFrame(lines, columns=[*BY, "seed", "barrier", "instability"])
+    return pd.DataFrame(lines, columns=[*by, "seed", "barrier", "instability"])
 
 
 def plot(found: Tables) -> dict[str, Figure]:
@@ -92,12 +106,13 @@ def plot(found: Tables) -> dict[str, Figure]:
     return {"": fig}
 
 
-def beside(found: Tables) -> pd.DataFrame:
-    """Barriers of each kind of path."""
+def beside(found: Tables, by: tuple[str, ...] = ()) -> pd.DataFrame:
+    """Barriers of each kind of path, and `by` what else they are told apart."""
     rows = found["barriers"]
-    summary = tables.mean_and_spread(rows, BY, "barrier")
+    summary = tables.mean_and_spread(rows, [*by, *BY], "barrier")
     return pd.DataFrame(
         {
+            **{k: summary[k] for k in by},
             "from": summary["curve"] + " " + summary["kind"],
             "barrier": map(tables.plus_minus, summary["mean"], summary["std"]),
             "lowest": summary["min"].map("{:.3f}".format),

@@ -34,10 +34,13 @@ EXPERIMENTS = (
     "mds",
     "ensembles",
     "fashion",
+    "fashion_interpolation",
     "method_table",
 )
 # Those that look at weights; the others are made of rows of metrics.
-OF_WEIGHTS = frozenset({"hessian_spectrum", "interpolation", "mds", "ensembles"})
+OF_WEIGHTS = frozenset(
+    {"hessian_spectrum", "interpolation", "mds", "ensembles", "fashion_interpolation"}
+)
 
 
 def load(name: str) -> ModuleType:
