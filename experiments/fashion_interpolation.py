@@ -35,8 +35,11 @@ def collect(setup: Setup) -> Tables:
 
 def plot(found: Tables) -> dict[str, Figure]:
     """A figure for each network."""
-    groups = found[""].groupby("network", sort=False)
-    return {n: interpolation.plot({"": rows})[""] for n, rows in groups}
+    rows = found[""]
+    return {
+        network: interpolation.plot({"": rows[rows["network"] == network]})[""]
+        for network in NETWORKS
+    }
 
 
 def beside(found: Tables) -> pd.DataFrame:
