@@ -60,12 +60,30 @@ def test_kept_rows_are_of_whole_runs_of_the_configs_in_the_tree():
         assert set(own["seed"]) == records.seeds(training, setup)
 
 
+@pytest.mark.parametrize("name", ["interpolation", "fashion_interpolation"])
+def test_barriers_are_those_of_the_paths(name):
+    found = publish.read(RESULTS, name)
+    points = found[""]
+    points = points[points["alpha"].between(-1e-6, 1 + 1e-6)]
+    by = [k for k in ("network", "curve", "kind", "seed") if k in found["barriers"]]
+    assert len(found["barriers"]) == points.groupby(by).ngroups > 0
+    for row in found["barriers"].to_dict("records"):
+        path = points[(points[by] == [row[k] for k in by]).all(axis=1)]
+        alpha, loss = path["alpha"].to_numpy(), path["loss"].to_numpy()
+        line = loss[alpha.argmin()] * (1 - alpha) + loss[alpha.argmax()] * alpha
+        assert max(loss - line) == pytest.approx(row["barrier"], rel=1e-4, abs=1e-5)
+        ends = path["accuracy"].iloc[[alpha.argmin(), alpha.argmax()]].mean()
+        drop = ends - path["accuracy"].min()
+        assert drop == pytest.approx(row["instability"], rel=1e-4, abs=1e-5)
+
+
 def test_the_page_of_results_shows_the_tables(tmp_path):
     text = (RESULTS / "README.md").read_text()
     copy = tmp_path / "README.md"
     copy.write_text(text)
     report.refresh(copy, RESULTS)
     assert copy.read_text() == text
+    assert set(FINISHED) == set(run.EXPERIMENTS)
     for name in FINISHED:
         assert f"<!-- {name} -->" in text
 
