@@ -32,7 +32,8 @@ class Setup(NamedTuple):
     """Where the networks live, and how large everything is.
 
     Attributes:
-      workdir: of all runs; part of the identity of those that take masks from another.
+      workdir: of all runs; part of the identity of those that take masks from another,
+        see `anywhere`.
       data_dir: of TFDS; "" is its own default.
       smoke: seconds on the digits data instead of the paper's sizes.
       jobs: processes that train at the same time; 0 chooses.
@@ -52,7 +53,7 @@ class Setup(NamedTuple):
 
     @property
     def anywhere(self) -> "Setup":
-        """The same wherever runs lie, as what is kept and published has to be."""
+        """In the usual workdir, as what is kept and published names runs."""
         return self._replace(workdir=Setup().workdir)
 
     @property

@@ -1,9 +1,13 @@
 """Files that are written whole or not at all, and never through a link."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+# What file systems say that cannot sync a directory.
+_CANNOT = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}
 
 
 @contextlib.contextmanager
@@ -16,14 +20,14 @@ def replacing(path: Path, writer: str = "") -> Iterator[Path]:
 
     Args:
       path: the file.
-      writer: tells apart those that write it at the same time; a single one is none.
+      writer: tells apart those that write it at the same time; "" where there is one.
 
     Raises:
-      OSError: as of the disk.
+      OSError: the disk is full, for instance.
     """
-    temporary = path.with_name(f".{writer}{path.name}")
-    if temporary.is_symlink():
-        temporary.unlink()
+    # The ending stays: some writers go by it.
+    temporary = path.with_name(f".partial{writer}-{path.name}")
+    temporary.unlink(missing_ok=True)
     try:
         yield temporary
         _sync(temporary)
@@ -31,8 +35,11 @@ def replacing(path: Path, writer: str = "") -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    with contextlib.suppress(OSError):  # not all file systems do that for a directory
+    try:
         _sync(path.parent)
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
 
 
 def write(path: Path, content: str | bytes) -> None:

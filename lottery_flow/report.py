@@ -28,7 +28,7 @@ def summary(name: str, model: Model, state: TrainState, rows: list[Row]) -> str:
     sparse, dense = (
         counting.inference_flops(shapes, model.positions, n) for n in (n_active, n_all)
     )
-    empty = {k: int(v.sum()) for k, v in masks_lib.empty_outputs(state.masks).items()}
+    empty = masks_lib.count_empty_outputs(state.masks)
     first, last = rows[0], rows[-1]
     lines = [
         f"{name}, seed {last['seed']}, {last['step']} steps",

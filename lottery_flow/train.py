@@ -242,21 +242,20 @@ def start(
 
 def _tell_lost_classes(run: Run, network: checkpoint.Network) -> None:
     """Of masks that no training makes good, unless it grows weights."""
-    last = list(run.job.model.positions)[-1]
-    empty = masks_lib.empty_outputs(network.masks).get(last, np.zeros(0, bool))
+    last = run.job.model.classifier
+    mask = masks_lib.named_leaves(network.masks).get(last)
+    if mask is None:
+        return
+    empty = np.asarray(masks_lib.empty_outputs(mask))
     if empty.any():
+        which = [str(i) for i in np.flatnonzero(empty)]
+        shown = ", ".join(which[:10] + ["..."] * (len(which) > 10))
         _LOG.warning(
-            "%s: the masks leave %d of the %d classes without any weight in %s (%s): "
-            "nothing tells such a class from the others until a rewire grows one. "
-            "Lower the sparsity, or keep the layer dense: sparsity.dense_layers=%s",
-            *(run.paths.root, empty.sum(), empty.size, last, _first(empty), last),
+            "%s: the masks leave %d of the %d classes without any weight in %s (%s); "
+            "unless one is grown, only biases tell them apart. Where the masks are "
+            "made, lower the sparsity or add %s to sparsity.dense_layers",
+            *(run.paths.root, len(which), empty.size, last, shown, last),
         )
-
-
-def _first(flags: np.ndarray, n: int = 10) -> str:
-    """The numbers of those that are set, the first n of them."""
-    which = [str(i) for i in np.flatnonzero(flags)]
-    return ", ".join(which[:n] + ["..."] * (len(which) > n))
 
 
 def table(schedule: Callable, job: Job) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 
+import errno
 import os
 
 import pytest
@@ -51,7 +52,7 @@ def test_a_writer_that_stops_leaves_the_old_file_alone(tmp_path):
 
 def test_what_an_earlier_crash_left_is_no_obstacle(tmp_path):
     path = tmp_path / "DONE"
-    (tmp_path / ".DONE").write_text("half of something that was longer")
+    (tmp_path / ".partial-DONE").write_text("half of something that was longer")
     files.write(path, "one")
     assert path.read_text() == "one"
     assert names(tmp_path) == ["DONE"]
@@ -83,17 +84,30 @@ def test_the_content_is_on_the_disk_before_its_name_and_the_name_before_all_else
     monkeypatch.setattr(os, "fsync", watched_sync)
     monkeypatch.setattr(os, "replace", watched_replace)
     files.write(path, "one")
-    assert done == [str(tmp_path / ".DONE"), "replaced", str(tmp_path)]
+    assert done == [str(tmp_path / ".partial-DONE"), "replaced", str(tmp_path)]
 
 
-def test_a_file_system_that_cannot_sync_a_directory_does(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_need_not_sync_directories(tmp_path, monkeypatch, number):
     sync = os.fsync
 
     def no_directories(descriptor):
         if os.path.isdir(f"/proc/self/fd/{descriptor}"):
-            raise OSError("not supported")
+            raise OSError(number, "told")
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", no_directories)
-    files.write(tmp_path / "DONE", "one")
+    if number == errno.EIO:
+        with pytest.raises(OSError, match="told"):
+            files.write(tmp_path / "DONE", "one")
+    else:
+        files.write(tmp_path / "DONE", "one")
     assert (tmp_path / "DONE").read_text() == "one"
+
+
+def test_other_files_of_similar_names_are_left_alone(tmp_path):
+    (tmp_path / ".env").write_text("mine")
+    os.link(tmp_path / ".env", tmp_path / ".partial-env")  # left by a crash, say
+    files.write(tmp_path / "env", "one")
+    assert (tmp_path / ".env").read_text() == "mine"
+    assert sorted(names(tmp_path)) == [".env", "env"]

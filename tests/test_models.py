@@ -86,6 +86,14 @@ def test_positions(name, image_shape, positions):
     assert models.create(name, image_shape, 10).positions == positions
 
 
+@pytest.mark.parametrize("name", models.MODELS)
+def test_the_classifier_gives_the_logits(name):
+    model = models.create(name, (32, 32, 3), 7)
+    shape = jax.eval_shape(model.init, jax.random.key(0))["params"]
+    kernel = traverse_util.flatten_dict(shape, sep="/")[f"{model.classifier}/kernel"]
+    assert kernel.shape[-1] == 7
+
+
 def test_positions_of_nested_modules(monkeypatch):
     class Block(nn.Module):
         @nn.compact

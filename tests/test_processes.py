@@ -69,9 +69,14 @@ SYNTHETIC = {"data__name": "synthetic", "data__image_size": 8, "eval__batch_size
     ("n", "n_devices", "fields"),
     [
         (2, 2, {**SYNTHETIC, "train__model_devices": 2}),
+        (2, 1, {**SYNTHETIC, "train__model_devices": 2}),
         (4, 1, MEMBERS | {"train__member_devices": 2, "train__data_devices": 2}),
     ],
-    ids=["images_are_decoded_by_two", "four_have_two_members"],
+    ids=[
+        "images_are_decoded_by_two",
+        "state_is_cut_between_two",
+        "four_have_two_members",
+    ],
 )
 def test_processes_train_what_one_does(tmp_path, n, n_devices, fields):
     fields = FIELDS | fields

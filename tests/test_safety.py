@@ -263,7 +263,7 @@ def test_what_a_link_points_to_is_not_overwritten(tmp_path):
     precious.write_text("mine")
     folder = tmp_path / "run"
     folder.mkdir()
-    names = ("DONE", ".DONE", "x.csv", ".x.csv")
+    names = ("DONE", ".partial-DONE", "x.csv", ".partial-x.csv")
     for name in names:
         (folder / name).symlink_to(precious)
     files.write(folder / "DONE", "done")
@@ -278,7 +278,7 @@ def test_a_run_in_a_directory_of_links(run, tmp_path):
     precious.write_text("mine")
     for name in ("metrics.jsonl", "summary.txt", "figure.png", "DONE"):
         (run / name).unlink()
-        for link in (name, f".{name}"):
+        for link in (name, f".partial-{name}"):
             (run / link).symlink_to(precious if name != "DONE" else tmp_path / "gone")
     (run / "metrics.jsonl").unlink()
     shutil.rmtree(run / "checkpoints")

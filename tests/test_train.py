@@ -140,7 +140,7 @@ def test_classes_without_weights_are_told(tmp_path, caplog, fields, is_told):
     if told:
         assert f"{len(lost)} of the 10 classes without any weight in fc2" in told[0]
         assert f"({', '.join(map(str, lost))})" in told[0]
-        assert "sparsity.dense_layers=fc2" in told[0]
+        assert "add fc2 to sparsity.dense_layers" in told[0]
 
 
 def test_the_summary_counts_outputs_without_weights(tmp_path):

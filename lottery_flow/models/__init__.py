@@ -92,6 +92,11 @@ class Model(NamedTuple):
     positions: dict[str, int]
     trace: Callable
 
+    @property
+    def classifier(self) -> str:
+        """The layer whose outputs are the logits."""
+        return list(self.layers)[-1]
+
 
 @functools.lru_cache(maxsize=32)
 def create(

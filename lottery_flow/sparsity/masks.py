@@ -161,23 +161,25 @@ def counts(masks: Masks, params: PyTree) -> dict[str, int]:
     return {k: int(n_active.get(k, leaf.size)) for k, leaf in layers(params).items()}
 
 
-def empty_outputs(masks: Masks) -> dict[str, np.ndarray]:
-    """Outputs that no active weight of their layer leads to, on the host.
+def empty_outputs(mask: Bool[Array, "*_ c_out"]) -> Bool[Array, " c_out"]:
+    """Outputs of a layer that no active weight leads to.
 
     A unit or filter of this kind is a constant. One of the last layer is a class that
     nothing but its bias speaks for.
-
-    Returns:
-      For each masked layer, a bool array [c_out].
     """
-    found = jax.device_get(_empty_outputs(masks))
-    return {k: found[k] for k, m in named_leaves(masks).items() if m is not None}
+    return ~jnp.any(mask.reshape(-1, mask.shape[-1]), axis=0)
+
+
+def count_empty_outputs(masks: Masks) -> dict[str, int]:
+    """How many `empty_outputs` each masked layer has, on the host."""
+    found = jax.device_get(_count_empty_outputs(masks))
+    return {k: int(n) for k, n in found.items()}
 
 
 @jax.jit
-def _empty_outputs(masks):
+def _count_empty_outputs(masks):
     named = {k: m for k, m in named_leaves(masks).items() if m is not None}
-    return {k: ~jnp.any(m.reshape(-1, m.shape[-1]), axis=0) for k, m in named.items()}
+    return {k: jnp.sum(empty_outputs(m), dtype=jnp.int32) for k, m in named.items()}
 
 
 def density(masks: Masks, params: PyTree) -> dict[str, float]:

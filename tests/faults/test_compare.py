@@ -50,7 +50,7 @@ CHANGES = {
     other_last_arrays: (0, 0, "the checkpoint of step 240 is damaged"),
     lambda run: shutil.rmtree(run / "checkpoints/12"): (0, 0, "checkpoints of [0, 120"),
     lambda run: (run / "checkpoints/12.orbax-tmp").mkdir(): (0, 0, "are left"),
-    lambda run: (run / ".DONE").touch(): (0, 0, "its files are"),
+    lambda run: (run / ".partial-DONE").touch(): (0, 0, "its files are"),
     shutil.rmtree: (65, 0, "there are other runs"),
 }
 

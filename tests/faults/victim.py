@@ -88,7 +88,7 @@ class Fault:
         if not isinstance(path, str) or not path.startswith(self.workdir):
             return
         self.happen("file")
-        name = Path(path).name.removeprefix(".")
+        name = Path(path).name.removeprefix(".partial-")
         if name in ("summary.txt", "figure.png", "DONE"):
             self.happen("final")
         if self.failing:

@@ -222,22 +222,22 @@ def test_count_and_density():
 
 
 def test_empty_outputs():
-    found = masks_lib.empty_outputs(two_masks())
-    assert {k: v.tolist() for k, v in found.items()} == {
-        "a": [False, False],
-        "b": [False, True, True],
-    }
+    masks = two_masks()
+    found = [masks_lib.empty_outputs(masks[k]["kernel"]).tolist() for k in "ab"]
+    assert found == [[False, False], [False, True, True]]
+    assert masks_lib.count_empty_outputs(masks) == {"a": 0, "b": 2}
 
 
 def test_empty_outputs_are_those_of_a_loop():
     n_active = {"block/conv1": 6, "dense": 4}
     masks = masks_lib.random(jax.random.key(3), params(), n_active)
-    found = masks_lib.empty_outputs(masks)
-    kernel = np.asarray(masks["block"]["conv1"]["kernel"])
-    filters = [not any(m[i] for m in kernel.reshape(12, 4)) for i in range(4)]
-    assert found["block/conv1"].tolist() == filters
-    units = [not m.any() for m in np.asarray(masks["dense"]["kernel"]).T]
-    assert found["dense"].tolist() == units
+    kernel, dense = masks["block"]["conv1"]["kernel"], masks["dense"]["kernel"]
+    filters = [not np.asarray(kernel)[..., i].any() for i in range(4)]
+    units = [not any(row[i] for row in np.asarray(dense)) for i in range(5)]
+    assert masks_lib.empty_outputs(kernel).tolist() == filters
+    assert masks_lib.empty_outputs(dense).tolist() == units
+    counts = {"block/conv1": sum(filters), "dense": sum(units)}
+    assert masks_lib.count_empty_outputs(masks) == counts
     assert 0 < sum(units) < 5
 
 
