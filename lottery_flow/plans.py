@@ -50,9 +50,7 @@ def choose(job: Job, state: TrainState, record: Path) -> dict[str, str]:
     layers = job.model.layers
     if record.exists():
         return _kept(record, layers)
-    masked = {
-        k for k, m in masks_lib.named_leaves(state.masks).items() if m is not None
-    }
+    masked = masks_lib.by_layer(state.masks)
     counts = masks_lib.counts(state.masks, state.params)
     n_active = {k: counts[k] for k in layers if k in masked}
     override = {}

@@ -243,10 +243,10 @@ def start(
 def _tell_lost_classes(run: Run, network: checkpoint.Network) -> None:
     """Of masks that no training makes good, unless it grows weights."""
     last = run.job.model.classifier
-    mask = masks_lib.named_leaves(network.masks).get(last)
+    mask = masks_lib.by_layer(network.masks).get(last)
     if mask is None:
         return
-    empty = np.asarray(masks_lib.empty_outputs(mask))
+    empty = masks_lib.empty_outputs(np.asarray(mask))  # there is nothing to compile
     if empty.any():
         which = [str(i) for i in np.flatnonzero(empty)]
         shown = ", ".join(which[:10] + ["..."] * (len(which) > 10))

@@ -99,8 +99,7 @@ def open_branches(key: Key[Array, ""], params: Params) -> Params:
 def counts(masks: Masks) -> dict[str, int]:
     """Active weights of each masked layer, on the host, in the order of the tree."""
     found = jax.device_get(_count(masks))  # which a jit has sorted by name
-    names = [k for k, m in masks_lib.named_leaves(masks).items() if m is not None]
-    return {name: int(found[name]) for name in names}
+    return {name: int(found[name]) for name in masks_lib.by_layer(masks)}
 
 
 _count = jax.jit(masks_lib.count)  # one program instead of one for every layer
@@ -115,8 +114,7 @@ def _flags(scores: PyTree, masks: Masks) -> dict[str, tuple[Array, Array]]:
             jnp.all(jnp.isfinite(named[name]) | ~mask),
             jnp.any(mask) & ~jnp.any((named[name] != 0) & mask),
         )
-        for name, mask in masks_lib.named_leaves(masks).items()
-        if mask is not None
+        for name, mask in masks_lib.by_layer(masks).items()
     }
 
 

@@ -53,6 +53,11 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
     return {k.removesuffix("/kernel"): leaf for k, leaf in _by_path(tree).items()}
 
 
+def by_layer(masks: Masks) -> dict[str, Any]:
+    """The mask of every masked layer, by name; `named_leaves` without None."""
+    return {k: mask for k, mask in named_leaves(masks).items() if mask is not None}
+
+
 def tree_map(fn: Callable, masks: Masks, *trees: PyTree) -> PyTree:
     """`fn(mask, *leaves)` at every leaf; the mask is None where a leaf is dense."""
     return jax.tree.map(fn, masks, *trees, is_leaf=_is_none)
@@ -136,8 +141,7 @@ def shuffle(key: Key[Array, ""], masks: Masks) -> Masks:
 
 def count(masks: Masks) -> dict[str, Any]:
     """Active weights (int32) of each masked layer."""
-    named = {k: m for k, m in named_leaves(masks).items() if m is not None}
-    return {k: count_true(m) for k, m in named.items()}
+    return {k: count_true(m) for k, m in by_layer(masks).items()}
 
 
 def count_true(flags: Bool[Array | np.ndarray, "..."]) -> Int[Array, ""]:
@@ -161,13 +165,16 @@ def counts(masks: Masks, params: PyTree) -> dict[str, int]:
     return {k: int(n_active.get(k, leaf.size)) for k, leaf in layers(params).items()}
 
 
-def empty_outputs(mask: Bool[Array, "*_ c_out"]) -> Bool[Array, " c_out"]:
+def empty_outputs(
+    mask: Bool[Array | np.ndarray, "*_ c_out"],
+) -> Bool[Array | np.ndarray, " c_out"]:
     """Outputs of a layer that no active weight leads to.
 
     A unit or filter of this kind is a constant. One of the last layer is a class that
     nothing but its bias speaks for.
     """
-    return ~jnp.any(mask.reshape(-1, mask.shape[-1]), axis=0)
+    flat: Any = mask.reshape(-1, mask.shape[-1])  # JAX's and NumPy's have one method
+    return ~flat.any(axis=0)
 
 
 def count_empty_outputs(masks: Masks) -> dict[str, int]:
@@ -178,8 +185,8 @@ def count_empty_outputs(masks: Masks) -> dict[str, int]:
 
 @jax.jit
 def _count_empty_outputs(masks):
-    named = {k: m for k, m in named_leaves(masks).items() if m is not None}
-    return {k: jnp.sum(empty_outputs(m), dtype=jnp.int32) for k, m in named.items()}
+    found = {k: empty_outputs(mask) for k, mask in by_layer(masks).items()}
+    return {k: jnp.sum(empty, dtype=jnp.int32) for k, empty in found.items()}
 
 
 def density(masks: Masks, params: PyTree) -> dict[str, float]:

@@ -50,8 +50,7 @@ def _check_granularity(granularity: Granularity | None) -> Callable:
 
     def init(masks, params):
         del params
-        named = masks_lib.named_leaves(masks)
-        shapes = {k: m.shape for k, m in named.items() if m is not None}
+        shapes = {k: mask.shape for k, mask in masks_lib.by_layer(masks).items()}
         granularity_lib.check(granularity, shapes)
         return ()
 

@@ -57,7 +57,7 @@ def prune_round(
       - Among equal scores the lower flat index (and earlier layer) stays.
     """
     check_round(masks, rate, scope, layer_rates)
-    named = {k: m for k, m in masks_lib.named_leaves(masks).items() if m is not None}
+    named = masks_lib.by_layer(masks)
     own = dict(layer_rates or {})
     shared = [name for name in named if name not in own]
     together = [tuple(shared)] if scope == "global" and shared else []

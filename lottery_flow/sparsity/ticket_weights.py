@@ -193,7 +193,7 @@ def layer_std(params: Params, masks: Masks) -> dict[str, float]:
         value = jnp.std(widened(leaf), where=mask)
         return jnp.where(jnp.any(mask), value, jnp.zeros_like(value))
 
-    named = {k: m for k, m in masks_lib.named_leaves(masks).items() if m is not None}
+    named = masks_lib.by_layer(masks)
     leaves = masks_lib.tree_leaves_at(masks, params)
     pairs = zip(named.values(), leaves, strict=True)
     found = [std(jnp.asarray(mask), jnp.asarray(leaf)) for mask, leaf in pairs]
